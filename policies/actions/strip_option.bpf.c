@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#include "policy.h"
+#include "tcp_options.h"
+
+struct params {
+	enum option_kind kind __range(2, 255) __required
+		__doc("kind of the option, by name or number");
+	enum mptcp_subtype subtype __range(0, 255) __default("any")
+		__doc("MPTCP subtype (RFC 8684), by name or number");
+};
+PARAMS;
+
+ACTION(strip_option, "overwrite a TCP option with NOPs, every one of its kind in the segment")
+{
+	struct segment segment;
+	enum reason reason = parse_tcp(ctx, &segment);
+
+	if (reason)
+		return SKIP(reason);
+	return done_or_skip(
+		tcp_options_strip(ctx, &segment, PARAM(kind), PARAM(subtype)));
+}

@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* How a node counts, goes on and ends; shared by the entry programs and the policies. */
+#pragma once
+
+#include "pkt.h"
+
+/* Filled in by the loader and frozen. `volatile` keeps clang from folding the zeros. */
+const volatile struct node_config node;
+
+char LICENSE[] SEC("license") = "GPL";
+
+static __always_inline struct node_stats *node_stats(void)
+{
+	__u32 slot = node.slot;
+
+	return bpf_map_lookup_elem(&pc_counters, &slot);
+}
+
+/* Per-CPU counters need no atomics: a hook runs with softirqs off. */
+static __always_inline void count_reason(enum reason reason)
+{
+	struct node_stats *stats = node_stats();
+
+	if (stats && reason < REASON_COUNT)
+		stats->reasons[reason]++;
+}
+
+static __always_inline void count_packet(hook_ctx *ctx)
+{
+	struct node_stats *stats = node_stats();
+
+	if (stats) {
+		stats->packets++;
+		stats->bytes += pkt_length(ctx);
+	}
+}
+
+static __always_inline void count_seen(void)
+{
+	struct node_stats *stats = node_stats();
+
+	if (stats)
+		stats->seen++;
+}
+
+/* Ends the graph. The packet leaves with the verdict and without a context. */
+static __always_inline int node_end(hook_ctx *ctx, int verdict)
+{
+	if (verdict != HOOK_DROP)
+		context_close(ctx, node.carrier);
+	return verdict;
+}
+
+/* A jump that did not happen: fail open, and say so. */
+static __always_inline int node_lost(hook_ctx *ctx, enum reason reason)
+{
+	count_reason(reason);
+	return node_end(ctx, HOOK_PASS);
+}
+
+static __always_inline int node_next(hook_ctx *ctx)
+{
+	if (node.next & SUCCESSOR_VERDICT)
+		return node_end(ctx, node.next == SUCCESSOR_DROP ? HOOK_DROP : HOOK_PASS);
+	JUMP("next", ctx, &pc_nodes, node.next);
+	return node_lost(ctx, REASON_TAIL_CALL_MISSED);
+}
+
+static __always_inline int node_otherwise(hook_ctx *ctx)
+{
+	if (node.otherwise & SUCCESSOR_VERDICT)
+		return node_end(ctx, node.otherwise == SUCCESSOR_DROP ? HOOK_DROP : HOOK_PASS);
+	JUMP("otherwise", ctx, &pc_nodes, node.otherwise);
+	return node_lost(ctx, REASON_TAIL_CALL_MISSED);
+}

@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Why a node left a packet as it was. Each reason is a counter of the node.
+ *
+ * The names are part of the command line's output: "REASON_NOT_TCP" is printed as "not_tcp".
+ * Append only; user space takes names and numbers from BTF.
+ */
+#pragma once
+
+enum reason {
+	REASON_NONE = 0,
+	/* The packet is not what the policy works on. */
+	REASON_NOT_IP,
+	REASON_NOT_TCP,
+	REASON_NOT_SYN,
+	REASON_FRAGMENT,	/* not the first fragment: no transport header */
+	REASON_SYN,		/* the field means something else on a SYN */
+	/* The packet is not what it claims to be. */
+	REASON_TRUNCATED,	/* a header ends behind the packet, or in its non-linear part */
+	REASON_BAD_HEADER,	/* a length field contradicts another */
+	REASON_BAD_OPTION,	/* a TCP option shorter than 2 bytes or longer than the header */
+	REASON_EXTENSION_HEADERS, /* IPv6: too many, or one without a transport header */
+	/* The packet is fine, the policy found nothing to do. */
+	REASON_OPTION_ABSENT,
+	REASON_OPTION_PRESENT,	/* it is there already */
+	REASON_NOT_LOWER,	/* clamp: the value there is not above the limit */
+	REASON_NO_ROOM,		/* the TCP header would pass 60 bytes, or the payload would have to move */
+	/* The chain or its set gives no answer. */
+	REASON_NO_ELEMENT,	/* the packet matched without a set element, or that has no argument */
+	REASON_BAD_ARGUMENT,	/* the element's argument is out of the parameter's range */
+	REASON_NO_CHAIN,	/* the chain an element names is gone */
+	REASON_NO_ROUTE,
+	REASON_NO_NEIGHBOUR,
+	REASON_NO_DEVICE,	/* the device to redirect to is gone */
+	REASON_TTL_EXPIRED,
+	/* The kernel did not do its part. */
+	REASON_NO_METADATA,	/* device without data_meta: the context went per CPU */
+	REASON_TAIL_CALL_MISSED,
+	REASON_HELPER_FAILED,	/* nothing was changed */
+	REASON_HALF_DONE,	/* failed after a first change: the packet is dropped */
+	REASON_COUNT,
+};

@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* Sending a packet out of another device. */
+#pragma once
+
+#include "csum.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+
+enum fib_result {
+	FIB_SUCCESS = 0,
+	FIB_NO_NEIGHBOUR = 7,
+	FIB_LOOKUP_OUTPUT = 1 << 1,	/* flag: the packet leaves by the device given */
+};
+
+/* Link-layer addresses; all zero: leave the packet's own. */
+struct link_addresses {
+	mac_t source;
+	mac_t destination;
+};
+
+#if defined(HOOK_XDP)
+/* Filled by the loader with the devices a node's parameters name, by interface index. */
+struct {
+	__uint(type, BPF_MAP_TYPE_DEVMAP_HASH);
+	__uint(max_entries, 8);
+	__type(key, __u32);
+	__type(value, __u32);
+} pc_devices SEC(".maps");
+#endif
+
+static __always_inline bool mac_is_given(const mac_t *mac)
+{
+	return mac->addr[0] | mac->addr[1] | mac->addr[2] | mac->addr[3] | mac->addr[4] |
+	       mac->addr[5];
+}
+
+/* The hook's verdict that sends the packet out of `device`, or a negative number. */
+static __always_inline int redirect_verdict(hook_ctx *ctx, __u32 device)
+{
+	long verdict;
+
+#if defined(HOOK_XDP)
+	verdict = bpf_redirect_map(&pc_devices, device, 0);
+	if (verdict != XDP_REDIRECT)
+		verdict = bpf_redirect(device, 0);
+	return verdict == XDP_REDIRECT ? XDP_REDIRECT : -1;
+#else
+	verdict = bpf_redirect(device, 0);
+	return verdict == 7 /* TC_ACT_REDIRECT */ ? 7 : -1;
+#endif
+}
+
+static __always_inline void fib_query(hook_ctx *ctx, const struct headers *at,
+				      struct bpf_fib_lookup *query)
+{
+	struct iphdr *v4;
+	struct ipv6hdr *v6;
+
+	query->l4_protocol = at->protocol;
+	if (at->version == IP_VERSION_4) {
+		v4 = pkt_at(ctx, at->ip, sizeof(*v4));
+		if (!v4)
+			return;
+		query->family = AF_INET;
+		query->tos = v4->tos;
+		query->ipv4_src = v4->saddr;
+		query->ipv4_dst = v4->daddr;
+		return;
+	}
+	v6 = pkt_at(ctx, at->ip, sizeof(*v6));
+	if (!v6)
+		return;
+	query->family = AF_INET6;
+	query->flowinfo = *(__be32 *)v6 & bpf_htonl(0x0fffffff);
+	__builtin_memcpy(query->ipv6_src, &v6->saddr, sizeof(ip_t));
+	__builtin_memcpy(query->ipv6_dst, &v6->daddr, sizeof(ip_t));
+}
+
+/*
+ * Asks the routing table for the next hop of the packet, which must be behind `device`.
+ * Does not touch the packet.
+ */
+static __always_inline enum reason neighbour_find(hook_ctx *ctx, const struct headers *at,
+						  __u32 device, struct link_addresses *link)
+{
+	struct bpf_fib_lookup query = {};
+	__u32 flags = 0;
+	long result;
+
+	fib_query(ctx, at, &query);
+#if defined(HOOK_XDP)
+	query.ifindex = ctx->ingress_ifindex;
+#else
+	query.ifindex = ctx->ifindex;
+#endif
+	if (!(node.flags & NODE_INGRESS)) {
+		query.ifindex = device;
+		flags = FIB_LOOKUP_OUTPUT;
+	}
+	result = bpf_fib_lookup(ctx, &query, sizeof(query), flags);
+	if (result == FIB_NO_NEIGHBOUR)
+		return REASON_NO_NEIGHBOUR;
+	if (result != FIB_SUCCESS || query.ifindex != device)
+		return REASON_NO_ROUTE;
+	__builtin_memcpy(link->source.addr, query.smac, sizeof(mac_t));
+	__builtin_memcpy(link->destination.addr, query.dmac, sizeof(mac_t));
+	return REASON_NONE;
+}
+
+/* Whether a router may send the packet on. */
+static __always_inline enum reason ttl_check(hook_ctx *ctx, const struct headers *at)
+{
+	struct iphdr *v4;
+	struct ipv6hdr *v6;
+
+	if (at->version == IP_VERSION_4) {
+		v4 = pkt_at(ctx, at->ip, sizeof(*v4));
+		if (!v4)
+			return REASON_TRUNCATED;
+		return v4->ttl <= 1 ? REASON_TTL_EXPIRED : REASON_NONE;
+	}
+	v6 = pkt_at(ctx, at->ip, sizeof(*v6));
+	if (!v6)
+		return REASON_TRUNCATED;
+	return v6->hop_limit <= 1 ? REASON_TTL_EXPIRED : REASON_NONE;
+}
+
+static __always_inline enum reason ttl_decrement(hook_ctx *ctx, const struct headers *at)
+{
+	struct iphdr *v4;
+	struct ipv6hdr *v6;
+	__be16 *word;
+
+	if (at->version == IP_VERSION_4) {
+		v4 = pkt_at(ctx, at->ip, sizeof(*v4));
+		if (!v4)
+			return REASON_TRUNCATED;
+		word = (__be16 *)&v4->ttl;
+		ipv4_store16(v4, word, *word - bpf_htons(0x0100));
+		return REASON_NONE;
+	}
+	v6 = pkt_at(ctx, at->ip, sizeof(*v6));
+	if (!v6)
+		return REASON_TRUNCATED;
+	v6->hop_limit--;
+	return REASON_NONE;
+}
+
+static __always_inline enum reason link_write(hook_ctx *ctx, const struct link_addresses *link)
+{
+	struct ethhdr *eth = pkt_at(ctx, 0, sizeof(*eth));
+
+	if (!eth)
+		return REASON_TRUNCATED;
+	if (mac_is_given(&link->destination))
+		__builtin_memcpy(eth->h_dest, link->destination.addr, sizeof(mac_t));
+	if (mac_is_given(&link->source))
+		__builtin_memcpy(eth->h_source, link->source.addr, sizeof(mac_t));
+	return REASON_NONE;
+}

@@ -1,0 +1,340 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * TCP options (RFC 9293, 3.2): finding, removing, inserting.
+ *
+ * The loops stand in global functions, which the verifier looks at once, whatever was
+ * known at the call; their arguments are plain numbers, so they check every access.
+ */
+#pragma once
+
+#include "tcp.h"
+
+/* IANA, "TCP Option Kind Numbers". */
+enum option_kind {
+	OPTION_KIND_EOL = 0,
+	OPTION_KIND_NOP = 1,
+	OPTION_KIND_MSS = 2,
+	OPTION_KIND_WINDOW_SCALE = 3,
+	OPTION_KIND_SACK_PERMITTED = 4,
+	OPTION_KIND_SACK = 5,
+	OPTION_KIND_TIMESTAMPS = 8,
+	OPTION_KIND_MD5 = 19,
+	OPTION_KIND_USER_TIMEOUT = 28,
+	OPTION_KIND_AO = 29,
+	OPTION_KIND_MPTCP = 30,
+	OPTION_KIND_FAST_OPEN = 34,
+} __attribute__((packed));
+
+/* RFC 8684, section 8. */
+enum mptcp_subtype {
+	MPTCP_SUBTYPE_MP_CAPABLE = 0,
+	MPTCP_SUBTYPE_MP_JOIN = 1,
+	MPTCP_SUBTYPE_DSS = 2,
+	MPTCP_SUBTYPE_ADD_ADDR = 3,
+	MPTCP_SUBTYPE_REMOVE_ADDR = 4,
+	MPTCP_SUBTYPE_MP_PRIO = 5,
+	MPTCP_SUBTYPE_MP_FAIL = 6,
+	MPTCP_SUBTYPE_MP_FASTCLOSE = 7,
+	MPTCP_SUBTYPE_MP_TCPRST = 8,
+	MPTCP_SUBTYPE_ANY = 0xff,
+} __attribute__((packed));
+
+/* Options by byte: bit i stands for byte i of the option space. */
+#define OPTIONS_MALFORMED (1ULL << 63)
+
+/* What to look for: every option of `kind`, or of one MPTCP subtype. */
+static __always_inline __u32 option_wanted(__u8 kind, __u8 subtype)
+{
+	return kind << 8 | subtype;
+}
+
+/*
+ * The bytes of every wanted option among the `length` bytes of options at `offset`. The walk
+ * ends at EOL. OPTIONS_MALFORMED: an option is shorter than 2 bytes or ends behind the
+ * header; nothing may be changed then.
+ *
+ * `zero` is as for ipv6_skip_extensions(); without it a million instructions do not suffice.
+ */
+__noinline __u64 tcp_options_find(hook_ctx *ctx, __u32 offset, __u32 length, __u32 wanted,
+				  __u32 zero)
+{
+	__u64 found = 0;
+	__u32 at = 0;
+	int i;
+
+	if (!ctx)
+		return OPTIONS_MALFORMED;
+	for (i = 0; i < TCP_MAX_OPTIONS; i++) {
+		__u32 size = 1, subtype;
+		__u8 *option;
+
+		at = (at + zero) & 63;
+		if (at >= length)
+			return found;
+		option = pkt_at(ctx, offset + at, 1);
+		if (!option)
+			return OPTIONS_MALFORMED;
+		if (option[0] == OPTION_KIND_EOL)
+			return found;
+		if (option[0] != OPTION_KIND_NOP) {
+			option = pkt_at(ctx, offset + at, 2);
+			if (!option)
+				return OPTIONS_MALFORMED;
+			size = option[1];
+			if (size < 2 || at + size > length)
+				return OPTIONS_MALFORMED;
+		}
+		if (option[0] == wanted >> 8) {
+			subtype = MPTCP_SUBTYPE_ANY;
+			if (size > 2) {
+				option = pkt_at(ctx, offset + at, 3);
+				if (!option)
+					return OPTIONS_MALFORMED;
+				subtype = option[2] >> 4;
+			}
+			if ((wanted & 0xff) == MPTCP_SUBTYPE_ANY || (wanted & 0xff) == subtype)
+				found |= ((1ULL << (size & 63)) - 1) << at;
+		}
+		at += size;
+	}
+	return found;
+}
+
+static __always_inline __u64 tcp_options_marked(hook_ctx *ctx, const struct segment *segment,
+						__u8 kind, __u8 subtype)
+{
+	return tcp_options_find(ctx, segment->at.transport + sizeof(struct tcphdr),
+				segment->header - sizeof(struct tcphdr),
+				option_wanted(kind, subtype), 0);
+}
+
+/*
+ * The difference to the checksum of the segment when the marked bytes of the options at
+ * `offset` become NOP; they do so at once if `write` is set. All of them are in the packet:
+ * tcp_options_find() has seen them.
+ */
+__noinline __u32 tcp_options_erase(hook_ctx *ctx, __u32 offset, __u64 marked, __u32 write)
+{
+	__u64 difference = 0;
+	int i;
+
+	if (!ctx)
+		return 0;
+	for (i = 0; i < TCP_MAX_OPTIONS / 2; i++) {
+		__u32 pair = marked >> (2 * i) & 3;
+		__be16 mask = bpf_htons((pair & 1) * 0xff00 | (pair >> 1) * 0x00ff);
+		__u8 *bytes = pkt_at(ctx, offset + 2 * i, 2);
+		__be16 old, new;
+
+		if (!bytes)
+			break;
+		__builtin_memcpy(&old, bytes, sizeof(old));
+		new = (old & ~mask) | (bpf_htons(OPTION_KIND_NOP << 8 | OPTION_KIND_NOP) & mask);
+		difference += csum_diff16(old, new);
+		if (write)
+			__builtin_memcpy(bytes, &new, sizeof(new));
+	}
+	return csum_fold(difference);
+}
+
+/*
+ * Overwrites every option of the kind with NOPs. REASON_OPTION_ABSENT, _BAD_OPTION: nothing
+ * done. REASON_HALF_DONE: the packet must not leave.
+ */
+static __always_inline enum reason tcp_options_strip(hook_ctx *ctx, const struct segment *segment,
+						     __u32 kind, __u32 subtype)
+{
+	__u32 offset = segment->at.transport + sizeof(struct tcphdr);
+	__u64 marked = tcp_options_marked(ctx, segment, kind, subtype);
+	enum reason reason;
+
+	if (marked & OPTIONS_MALFORMED)
+		return REASON_BAD_OPTION;
+	if (!marked)
+		return REASON_OPTION_ABSENT;
+	reason = tcp_csum_update(ctx, &segment->at, tcp_options_erase(ctx, offset, marked, 0), 0);
+	if (reason)
+		return reason;
+	tcp_options_erase(ctx, offset, marked, 1);
+	return REASON_NONE;
+}
+
+/* Room to rebuild the options in; a power of two, so that a mask keeps offsets inside. */
+#define OPTIONS_BUFFER 64
+
+struct options_scratch {
+	__u8 old[OPTIONS_BUFFER];    /* the options of the segment */
+	__u8 new[OPTIONS_BUFFER];    /* what they become */
+	__u8 insert[OPTIONS_BUFFER]; /* the option to add */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct options_scratch);
+} pc_options SEC(".maps");
+
+static __always_inline struct options_scratch *tcp_options_scratch(void)
+{
+	__u32 key = 0;
+
+	return bpf_map_lookup_elem(&pc_options, &key);
+}
+
+#define OPTIONS_REFUSED (~0u)
+
+/*
+ * Copies the `length` bytes of options in pc_options.old to .new, without NOPs and without
+ * what follows EOL. Returns the bytes used, or OPTIONS_REFUSED for malformed options. `zero`
+ * is as for ipv6_skip_extensions().
+ */
+__noinline __u32 tcp_options_squeeze(hook_ctx *ctx, __u32 length, __u32 zero)
+{
+	struct options_scratch *scratch = tcp_options_scratch();
+	__u32 from, used = 0, left = 0;
+
+	if (!ctx || !scratch)
+		return OPTIONS_REFUSED;
+	for (from = 0; from < TCP_MAX_OPTIONS; from++) {
+		__u8 byte = scratch->old[from];
+
+		used = (used + zero) & (OPTIONS_BUFFER - 1);
+		left = (left + zero) & 0xff;
+		if (from >= length)
+			break;
+		if (!left) {
+			if (byte == OPTION_KIND_EOL)
+				break;
+			if (byte == OPTION_KIND_NOP)
+				continue;
+			left = scratch->old[from + 1];
+			if (left < 2 || from + left > length)
+				return OPTIONS_REFUSED;
+		}
+		scratch->new[used] = byte;
+		used++;
+		left--;
+	}
+	return used;
+}
+
+/*
+ * Appends the `size` bytes in pc_options.insert to the `used` bytes in .new, then NOPs up to
+ * `total`. A global function, for the loop's sake.
+ */
+__noinline int tcp_options_append(__u32 used, __u32 size, __u32 total)
+{
+	struct options_scratch *scratch = tcp_options_scratch();
+	__u32 i;
+
+	if (!scratch)
+		return -1;
+	for (i = 0; i < TCP_MAX_OPTIONS; i++) {
+		if (i >= total)
+			break;
+		if (i < used)
+			continue;
+		scratch->new[i] = i - used < size ?
+					  scratch->insert[(i - used) & (OPTIONS_BUFFER - 1)] :
+					  OPTION_KIND_NOP;
+	}
+	return 0;
+}
+
+/* Sets the lengths in the IP header for a packet that became `by` bytes longer. */
+static __always_inline enum reason ip_grow(hook_ctx *ctx, const struct headers *at, __u32 by)
+{
+	struct iphdr *v4;
+	struct ipv6hdr *v6;
+
+	if (at->version == IP_VERSION_4) {
+		v4 = pkt_at(ctx, at->ip, sizeof(*v4));
+		if (!v4)
+			return REASON_TRUNCATED;
+		ipv4_store16(v4, &v4->tot_len, bpf_htons(bpf_ntohs(v4->tot_len) + by));
+		return REASON_NONE;
+	}
+	v6 = pkt_at(ctx, at->ip, sizeof(*v6));
+	if (!v6)
+		return REASON_TRUNCATED;
+	v6->payload_len = bpf_htons(bpf_ntohs(v6->payload_len) + by);
+	return REASON_NONE;
+}
+
+/*
+ * Writes pc_options.new over the options, the header growing by `by` bytes (a multiple of 4)
+ * behind which the packet must already have room. Everything fallible that can be done
+ * before the first change is.
+ */
+static __always_inline enum reason tcp_options_write(hook_ctx *ctx, const struct segment *segment,
+						     struct options_scratch *scratch, __u32 by)
+{
+	__u32 options = segment->at.transport + sizeof(struct tcphdr);
+	__u32 length = segment->header - sizeof(struct tcphdr) + by;
+	__u8 *doff = pkt_at(ctx, segment->at.transport + 12, 2);
+	enum reason reason;
+	__be16 old, new;
+	__u64 difference;
+
+	if (!doff)
+		return REASON_TRUNCATED;
+	if (length < 4 || length > TCP_MAX_OPTIONS)
+		return REASON_NO_ROOM;
+	__builtin_memcpy(&old, doff, sizeof(old));
+	new = bpf_htons(bpf_ntohs(old) + (by / 4 << 12));
+	difference = csum_diff16(old, new);
+	/* both buffers are zero behind the options they hold */
+	difference += bpf_csum_diff((__be32 *)scratch->old, TCP_MAX_OPTIONS,
+				    (__be32 *)scratch->new, TCP_MAX_OPTIONS, 0);
+	reason = tcp_csum_update(ctx, &segment->at, csum_fold(difference),
+				 by ? bpf_htons(by) : 0);
+	if (reason)
+		return reason;
+	if (by && ip_grow(ctx, &segment->at, by))
+		return REASON_HALF_DONE;
+	doff = pkt_at(ctx, segment->at.transport + 12, 2);
+	if (!doff)
+		return REASON_HALF_DONE;
+	__builtin_memcpy(doff, &new, sizeof(new));
+	if (pkt_store(ctx, options, scratch->new, bounded(length - 1, OPTIONS_BUFFER - 1) + 1))
+		return REASON_HALF_DONE;
+	return REASON_NONE;
+}
+
+/*
+ * Inserts the option of `size` bytes that stands in scratch->insert. A segment without
+ * payload may grow, up to 60 bytes of header; elsewhere the option must fit where NOPs are.
+ * Retryable: on REASON_NO_ROOM the next packet may have room.
+ */
+static __always_inline enum reason tcp_options_insert(hook_ctx *ctx, const struct segment *segment,
+						      struct options_scratch *scratch, __u32 size)
+{
+	bool bare = segment->at.end == segment->at.transport + segment->header;
+	__u32 length = segment->header - sizeof(struct tcphdr);
+	__u32 have = pkt_length(ctx), used, total, by = 0;
+
+	if (length > TCP_MAX_OPTIONS)
+		return REASON_BAD_HEADER;
+	__builtin_memset(scratch->old, 0, sizeof(scratch->old));
+	__builtin_memset(scratch->new, 0, sizeof(scratch->new));
+	if (length && pkt_load(ctx, segment->at.transport + sizeof(struct tcphdr), scratch->old,
+			       length))
+		return REASON_TRUNCATED;
+	used = tcp_options_squeeze(ctx, length, 0);
+	if (used == OPTIONS_REFUSED)
+		return REASON_BAD_OPTION;
+	total = (used + size + 3) & ~3u;
+	if (total < length)
+		total = length;
+	if (total > length) {
+		if (!bare || segment->at.fragmented || total > TCP_MAX_OPTIONS)
+			return REASON_NO_ROOM;
+		by = total - length;
+	}
+	if (tcp_options_append(used, size, total))
+		return REASON_HELPER_FAILED;
+	if (have < segment->at.end + by && pkt_set_length(ctx, have, segment->at.end + by))
+		return REASON_HELPER_FAILED;
+	return tcp_options_write(ctx, segment, scratch, by);
+}
