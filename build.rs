@@ -29,7 +29,7 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed={POLICIES}");
     let out = PathBuf::from(env::var_os("OUT_DIR").context("cargo sets OUT_DIR")?);
     for (family, define) in FAMILIES {
-        skeleton(define, &out.join(format!("entry_{family}.skel.rs")))?;
+        skeleton(family, define, &out)?;
     }
     let mut registry = String::from("pub static EMBEDDED: &[EmbeddedPolicy] = &[\n");
     for (name, source) in policies(Path::new(POLICIES))? {
@@ -53,9 +53,13 @@ fn compiler(source: &Path, define: &str) -> SkeletonBuilder {
     builder
 }
 
-fn skeleton(define: &str, to: &Path) -> Result<()> {
+/// The object's name goes in front of the names of its maps in the kernel.
+fn skeleton(family: &str, define: &str, out: &Path) -> Result<()> {
+    let folder = out.join(family);
+    fs::create_dir_all(&folder).context("make a folder for the entry program")?;
     compiler(Path::new(ENTRY), define)
-        .build_and_generate(to)
+        .obj(folder.join("pc_entry.o"))
+        .build_and_generate(out.join(format!("entry_{family}.skel.rs")))
         .with_context(|| format!("compile {ENTRY} with clang (Debian, Ubuntu: apt install clang)"))
 }
 
@@ -108,11 +112,7 @@ fn policy(name: &str, source: &Path, out: &Path) -> Result<String> {
 
 /// The names of `enum reason`, in order and as users see them, from the BTF of the entry program.
 fn reasons(out: &Path) -> Result<String> {
-    let object = out.join("entry_reasons.o");
-    compiler(Path::new(ENTRY), FAMILIES[0].1)
-        .obj(&object)
-        .build()
-        .context("compile the entry program")?;
+    let object = out.join(FAMILIES[0].0).join("pc_entry.o");
     let names = btf::enumerators_of(&fs::read(&object)?, "reason")?;
     let mut code = String::from("pub static REASONS: &[&str] = &[\n");
     for name in names.iter().filter(|name| *name != "count") {

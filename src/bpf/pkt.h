@@ -200,6 +200,29 @@ static __always_inline struct chain_ctx *context_metadata(hook_ctx *ctx)
 
 #endif
 
+#if defined(HOOK_TC)
+
+/* Like data, cb[] may be accessed at constant offsets of the context only. */
+static __always_inline __u32 context_word(hook_ctx *ctx, const int index)
+{
+	__u32 word;
+
+	asm volatile("%0 = *(u32 *)(%1 + %2)"
+		     : "=r"(word)
+		     : "r"(ctx), "i"(offsetof(hook_ctx, cb) + index * sizeof(__u32)));
+	return word;
+}
+
+static __always_inline void context_set_word(hook_ctx *ctx, const int index, __u32 word)
+{
+	asm volatile("*(u32 *)(%0 + %1) = %2"
+		     :
+		     : "r"(ctx), "i"(offsetof(hook_ctx, cb) + index * sizeof(__u32)), "r"(word)
+		     : "memory");
+}
+
+#endif
+
 static __always_inline void context_write(hook_ctx *ctx, enum carrier carrier,
 					  const struct chain_ctx *value)
 {
@@ -213,11 +236,11 @@ static __always_inline void context_write(hook_ctx *ctx, enum carrier carrier,
 			return;
 		}
 #else
-		ctx->cb[0] = value->argument_low;
-		ctx->cb[1] = value->argument_high;
-		ctx->cb[2] = value->flags;
-		ctx->cb[3] = value->chain;
-		ctx->cb[4] = value->reserved;
+		context_set_word(ctx, 0, value->argument_low);
+		context_set_word(ctx, 1, value->argument_high);
+		context_set_word(ctx, 2, value->flags);
+		context_set_word(ctx, 3, value->chain);
+		context_set_word(ctx, 4, value->reserved);
 		return;
 #endif
 	}
@@ -237,11 +260,11 @@ static __always_inline struct chain_ctx context_read(hook_ctx *ctx, enum carrier
 			return *context;
 #else
 		return (struct chain_ctx){
-			.argument_low = ctx->cb[0],
-			.argument_high = ctx->cb[1],
-			.flags = ctx->cb[2],
-			.chain = ctx->cb[3],
-			.reserved = ctx->cb[4],
+			.argument_low = context_word(ctx, 0),
+			.argument_high = context_word(ctx, 1),
+			.flags = context_word(ctx, 2),
+			.chain = context_word(ctx, 3),
+			.reserved = context_word(ctx, 4),
 		};
 #endif
 	}

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{anyhow, ensure, Context, Result};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::error::{Invalid, Refused};
 
@@ -1363,8 +1363,7 @@ mod tests {
             writer.write(&packet, &frame).unwrap();
         }
         writer.finish().unwrap();
-        let bytes = shared.0.lock().unwrap().clone();
-        bytes
+        shared.0.lock().unwrap().clone()
     }
 
     fn invalid(result: Result<impl std::fmt::Debug>) -> Invalid {

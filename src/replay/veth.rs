@@ -9,8 +9,9 @@
 //! [`MARKER_ETHERTYPE`] that holds a random nonce. The kernel keeps their order, because both are
 //! sent from one CPU and each device has one queue; when the marker has arrived, the frame's
 //! fate is known. A second marker goes back the other way, so that a frame on its way back has
-//! arrived too. Programs see the first marker: **they count one packet more** for each frame. A
-//! chain that drops the marker as well costs [`MARKER_TIMEOUT`] for each frame it drops at ingress.
+//! arrived too. Programs see the markers: **they count one packet more** for each frame, and so do
+//! programs at the hooks of the other direction. A chain that drops the marker as well costs
+//! [`MARKER_TIMEOUT`] for each frame it drops at ingress.
 
 use std::ffi::CStr;
 use std::fs;
@@ -22,10 +23,10 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, bail, Context, Result};
-use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{
-    sched_getaffinity, sched_getcpu, sched_setaffinity, setns, unshare, CloneFlags, CpuSet,
+    CloneFlags, CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity, setns, unshare,
 };
 use nix::unistd::Pid;
 
@@ -393,7 +394,8 @@ fn wait(watched: &Watched, left: Duration) -> Result<()> {
     let mut sockets =
         [watched.passed, watched.returned].map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
     // Rounded up, or the last millisecond would be spent in a loop.
-    let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or_default();
+    let timeout =
+        PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::ZERO);
     match poll(&mut sockets, timeout) {
         Ok(_) | Err(nix::Error::EINTR) => Ok(()),
         Err(error) => Err(error).context("waiting for a frame"),
@@ -419,10 +421,7 @@ fn build() -> Result<VethCarrier> {
     set_up_devices()?;
     let index = |name| nix::net::if_::if_nametoindex(name).context("finding a device just made");
     let (inner, outer) = (index(Side::In.name())?, index(Side::Out.name())?);
-    // A frame sent back by XDP_TX is dropped unless the end that is to receive it polls, which GRO
-    // turns on. Frames go that way, too, and so in order, only where their sender has no TSO.
-    set_feature(Side::Out.name(), ETHTOOL_SGRO, true)?;
-    set_feature(Side::In.name(), ETHTOOL_STSO, false)?;
+    pass_xdp(outer)?;
     let loopback = index(LOOPBACK)?;
     redirect_after_tc_ingress(inner, loopback)?;
     let mut nonce = [0; 8];
@@ -487,39 +486,12 @@ fn set_up_devices() -> Result<()> {
     let output = ip.wait_with_output().context("waiting for `ip`")?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
+        if said.contains("Operation not permitted") {
+            return Err(denied("veth devices cannot be made", said.trim()));
+        }
         bail!("making a pair of veth devices: `ip`: {}", said.trim());
     }
     written.context("writing to `ip`")
-}
-
-const ETHTOOL_STSO: u32 = 0x1f;
-const ETHTOOL_SGRO: u32 = 0x2c;
-
-/// `struct ethtool_value` of `linux/ethtool.h`.
-#[repr(C)]
-struct EthtoolValue {
-    command: u32,
-    value: u32,
-}
-
-/// Turns an offload of a device of this namespace on or off.
-fn set_feature(device: &CStr, command: u32, on: bool) -> Result<()> {
-    let socket = new_socket(libc::AF_INET, libc::SOCK_DGRAM)?;
-    let mut value = EthtoolValue {
-        command,
-        value: on.into(),
-    };
-    // SAFETY: all-zero bytes are a valid `ifreq`.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(device.to_bytes()) {
-        *to = *from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_data = (&raw mut value).cast();
-    // SAFETY: the request names a device and points to the structure this command takes; both
-    // outlive the call.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &request) };
-    check(result).with_context(|| format!("setting an offload of {}", device.to_string_lossy()))?;
-    Ok(())
 }
 
 fn instruction(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> libbpf_sys::bpf_insn {
@@ -532,18 +504,43 @@ fn instruction(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> libbpf_sys::bp
     }
 }
 
+const MOV64_IMMEDIATE: u8 = 0xb7;
+const CALL: u8 = 0x85;
+const EXIT: u8 = 0x95;
+
+/// Attaches an XDP program that passes everything. A frame that the peer sends back by `XDP_TX`
+/// arrives only where one is; and all other frames then take the same queue, in order.
+fn pass_xdp(device: u32) -> Result<()> {
+    const XDP_PASS: i32 = 2;
+    let program = [
+        instruction(MOV64_IMMEDIATE, 0, 0, 0, XDP_PASS),
+        instruction(EXIT, 0, 0, 0, 0),
+    ];
+    // Without fragments the MTU would be too large.
+    let flags = libbpf_sys::BPF_F_XDP_HAS_FRAGS;
+    let program = load(libbpf_sys::BPF_PROG_TYPE_XDP, &program, flags)?;
+    // SAFETY: the program is open during the call; no options.
+    check(unsafe {
+        libbpf_sys::bpf_xdp_attach(
+            device as libc::c_int,
+            program.as_raw_fd(),
+            libbpf_sys::XDP_FLAGS_DRV_MODE,
+            std::ptr::null(),
+        )
+    })
+    .context("attaching an XDP program")?;
+    Ok(())
+}
+
 /// Attaches `return bpf_redirect(target, 0)` behind everything else at a device's TC ingress.
 fn redirect_after_tc_ingress(device: u32, target: u32) -> Result<()> {
-    const MOV64_IMMEDIATE: u8 = 0xb7;
-    const CALL: u8 = 0x85;
-    const EXIT: u8 = 0x95;
     let program = [
         instruction(MOV64_IMMEDIATE, 1, 0, 0, target as i32),
         instruction(MOV64_IMMEDIATE, 2, 0, 0, 0),
         instruction(CALL, 0, 0, 0, libbpf_sys::BPF_FUNC_redirect as i32),
         instruction(EXIT, 0, 0, 0, 0),
     ];
-    let program = load(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, &program)?;
+    let program = load(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, &program, 0)?;
     let mut hook = libbpf_sys::bpf_tc_hook {
         sz: mem::size_of::<libbpf_sys::bpf_tc_hook>() as _,
         ifindex: device as libc::c_int,
@@ -565,8 +562,13 @@ fn redirect_after_tc_ingress(device: u32, target: u32) -> Result<()> {
     Ok(())
 }
 
-fn load(kind: u32, program: &[libbpf_sys::bpf_insn]) -> Result<OwnedFd> {
-    // SAFETY: the name, licence and instructions outlive the call; no options.
+fn load(kind: u32, program: &[libbpf_sys::bpf_insn], flags: u32) -> Result<OwnedFd> {
+    let mut opts = libbpf_sys::bpf_prog_load_opts {
+        sz: mem::size_of::<libbpf_sys::bpf_prog_load_opts>() as _,
+        prog_flags: flags,
+        ..Default::default()
+    };
+    // SAFETY: name, licence, instructions and options outlive the call.
     let result = unsafe {
         libbpf_sys::bpf_prog_load(
             kind,
@@ -574,7 +576,7 @@ fn load(kind: u32, program: &[libbpf_sys::bpf_insn]) -> Result<OwnedFd> {
             c"Dual MIT/GPL".as_ptr(),
             program.as_ptr(),
             program.len() as _,
-            std::ptr::null_mut(),
+            &mut opts,
         )
     };
     let fd = check(result).map_err(|error| match error.kind() {
@@ -746,8 +748,10 @@ fn vlan_tag(message: &libc::msghdr) -> Option<[u8; VLAN_TAG]> {
     if !is_auxdata {
         return None;
     }
-    // SAFETY: a control message of this type carries a `tpacket_auxdata`, maybe not aligned.
-    let data: libc::tpacket_auxdata = unsafe { libc::CMSG_DATA(header).cast().read_unaligned() };
+    // SAFETY: the header stands in the control buffer, and its data behind it.
+    let auxdata = unsafe { libc::CMSG_DATA(header) }.cast::<libc::tpacket_auxdata>();
+    // SAFETY: a control message of this type carries this structure, maybe not aligned.
+    let data: libc::tpacket_auxdata = unsafe { auxdata.read_unaligned() };
     if data.tp_status & libc::TP_STATUS_VLAN_VALID == 0 {
         return None;
     }
@@ -783,5 +787,495 @@ impl Drop for Pinned {
     fn drop(&mut self) {
         // The CPUs may have gone meanwhile; the kernel has moved the thread then.
         let _ = sched_setaffinity(Pid::from_raw(0), &self.before);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use super::*;
+    use crate::error::exit_code;
+
+    const XDP_DROP: i32 = 1;
+    const XDP_PASS: i32 = 2;
+    const XDP_TX: i32 = 3;
+    const TC_ACT_UNSPEC: i32 = -1;
+    const TC_ACT_SHOT: i32 = 2;
+    /// In host order, as a program loads it.
+    const IPV4: i32 = 0x0800u16.to_be() as i32;
+    const FREE_RUN: Duration = Duration::from_millis(150);
+
+    /// A carrier, or nothing (with a message) without root.
+    fn carrier() -> Option<VethCarrier> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return None;
+        }
+        Some(VethCarrier::new().unwrap())
+    }
+
+    type Program = Vec<libbpf_sys::bpf_insn>;
+
+    fn always(verdict: i32) -> Program {
+        vec![
+            instruction(0xb7, 0, 0, 0, verdict),
+            instruction(0x95, 0, 0, 0, 0),
+        ]
+    }
+
+    /// `verdict` for EtherType `ethertype` (host order), else `other`. `data` and `data_end` stand
+    /// at `context` and the word after it.
+    fn if_ethertype(context: i16, ethertype: i32, verdict: i32, other: i32) -> Program {
+        vec![
+            instruction(0x61, 2, 1, context, 0),
+            instruction(0x61, 3, 1, context + 4, 0),
+            instruction(0xb7, 0, 0, 0, other),
+            instruction(0xbf, 4, 2, 0, 0),
+            instruction(0x07, 4, 0, 0, 14),
+            instruction(0x2d, 4, 3, 3, 0),
+            instruction(0x69, 5, 2, 12, 0),
+            instruction(0x55, 5, 0, 1, ethertype),
+            instruction(0xb7, 0, 0, 0, verdict),
+            instruction(0x95, 0, 0, 0, 0),
+        ]
+    }
+
+    /// XDP: drop IPv4, pass the rest.
+    fn xdp_drop_ipv4() -> Program {
+        if_ethertype(0, IPV4, XDP_DROP, XDP_PASS)
+    }
+
+    fn tc_drop_ipv4() -> Program {
+        if_ethertype(76, IPV4, TC_ACT_SHOT, TC_ACT_UNSPEC)
+    }
+
+    /// TC: call a helper with up to three arguments, then go on.
+    fn tc_call(helper: u32, arguments: &[i32], verdict: i32) -> Program {
+        let mut program: Program = arguments
+            .iter()
+            .enumerate()
+            .map(|(number, value)| instruction(0xb7, 2 + number as u8, 0, 0, *value))
+            .collect();
+        program.push(instruction(0x85, 0, 0, 0, helper as i32));
+        program.extend(always(verdict));
+        program
+    }
+
+    fn attach(carrier: &VethCarrier, program: &OwnedFd, kind: u32) -> OwnedFd {
+        let device = carrier.device(Side::In) as libc::c_int;
+        let link = carrier.in_namespace(|| {
+            let program = program.as_raw_fd();
+            // SAFETY: no options.
+            check(unsafe {
+                libbpf_sys::bpf_link_create(program, device, kind, std::ptr::null_mut())
+            })
+        });
+        // SAFETY: just opened.
+        unsafe { OwnedFd::from_raw_fd(link.unwrap().unwrap()) }
+    }
+
+    fn attach_xdp(carrier: &VethCarrier, program: &[libbpf_sys::bpf_insn]) -> OwnedFd {
+        let flags = libbpf_sys::BPF_F_XDP_HAS_FRAGS;
+        let program = load(libbpf_sys::BPF_PROG_TYPE_XDP, program, flags).unwrap();
+        attach(carrier, &program, libbpf_sys::BPF_XDP)
+    }
+
+    fn attach_tc(
+        carrier: &VethCarrier,
+        program: &[libbpf_sys::bpf_insn],
+        direction: Direction,
+    ) -> OwnedFd {
+        let program = load(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, program, 0).unwrap();
+        let kind = match direction {
+            Direction::Egress => libbpf_sys::BPF_TCX_EGRESS,
+            _ => libbpf_sys::BPF_TCX_INGRESS,
+        };
+        attach(carrier, &program, kind)
+    }
+
+    const DIRECTIONS: [Direction; 3] =
+        [Direction::Ingress, Direction::TcIngress, Direction::Egress];
+
+    fn frame(ethertype: u16, len: usize) -> Vec<u8> {
+        let mut frame = vec![2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8];
+        frame.extend(ethertype.to_be_bytes());
+        frame.extend((0..len - 14).map(|at| (at * 7) as u8));
+        frame
+    }
+
+    fn passed(frame: &[u8]) -> Observation {
+        Observation {
+            passed: Some(frame.to_vec()),
+            ..Observation::default()
+        }
+    }
+
+    fn returned(frame: &[u8]) -> Observation {
+        Observation {
+            returned: Some(frame.to_vec()),
+            ..Observation::default()
+        }
+    }
+
+    /// Real-looking TCP, which GRO would hold back; its checksums are right.
+    fn tcp(payload: usize) -> Vec<u8> {
+        let mut frame = vec![2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 8, 0];
+        let mut ip = vec![0x45, 0];
+        ip.extend(((40 + payload) as u16).to_be_bytes());
+        ip.extend([0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+        let mut segment = vec![0x30, 0x39, 0, 80, 0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x10, 1, 0];
+        segment.extend([0; 4]);
+        segment.extend((0..payload).map(|at| at as u8));
+        let sum = |bytes: &[u8], start: u32| {
+            let words = bytes
+                .chunks(2)
+                .map(|word| u32::from(word[0]) << 8 | u32::from(word.get(1).copied().unwrap_or(0)));
+            let mut sum = start + words.sum::<u32>();
+            while sum > 0xffff {
+                sum = (sum & 0xffff) + (sum >> 16);
+            }
+            (!(sum as u16)).to_be_bytes()
+        };
+        let header = sum(&ip, 0);
+        ip[10..12].copy_from_slice(&header);
+        let pseudo = 0x0a00 + 1 + 0x0a00 + 2 + 6 + segment.len() as u32;
+        let whole = sum(&segment, pseudo);
+        segment[16..18].copy_from_slice(&whole);
+        frame.extend(ip);
+        frame.extend(segment);
+        frame
+    }
+
+    #[test]
+    fn frames_of_every_length_arrive_unchanged() {
+        let Some(carrier) = carrier() else { return };
+        let lengths = [
+            14, 15, 20, 33, 34, 53, 54, 60, 255, 256, 257, 1514, 3712, 3713, 4096, 9014, 65_000,
+            65_535, 65_548, MAX_FRAME,
+        ];
+        for direction in DIRECTIONS {
+            for ethertype in [
+                0x0800, 0x86dd, 0x0806, 0x88b5, 0x88cc, 0x0004, 0xffff, 0x05dc,
+            ] {
+                for len in lengths {
+                    let frame = frame(ethertype, len);
+                    let seen = carrier.send(direction, &frame).unwrap();
+                    assert!(
+                        seen == passed(&frame),
+                        "{direction:?} {ethertype:#x} {len}: {:?} {:?}",
+                        seen.passed.map(|frame| frame.len()),
+                        seen.returned.map(|frame| frame.len())
+                    );
+                }
+            }
+            for payload in [0, 1, 100, 1460, 60_000] {
+                let frame = tcp(payload);
+                assert_eq!(carrier.send(direction, &frame).unwrap(), passed(&frame));
+            }
+        }
+    }
+
+    #[test]
+    fn frames_of_every_length_pass_a_native_xdp_program() {
+        let Some(carrier) = carrier() else { return };
+        let _link = attach_xdp(&carrier, &always(XDP_PASS));
+        for len in [
+            14, 15, 33, 34, 60, 1514, 3713, 4096, 9014, 65_000, MAX_FRAME,
+        ] {
+            let frame = frame(0x0800, len);
+            let seen = carrier.send(Direction::Ingress, &frame).unwrap();
+            assert!(
+                seen == passed(&frame),
+                "{len}: {:?}",
+                seen.passed.map(|f| f.len())
+            );
+        }
+        for payload in [0, 1, 100, 1460, 60_000] {
+            let frame = tcp(payload);
+            assert_eq!(
+                carrier.send(Direction::Ingress, &frame).unwrap(),
+                passed(&frame)
+            );
+        }
+    }
+
+    #[test]
+    fn frames_no_device_carries_are_refused() {
+        let Some(carrier) = carrier() else { return };
+        for direction in DIRECTIONS {
+            for len in [
+                0,
+                1,
+                13,
+                MAX_FRAME + 1,
+                MAX_FRAME + 4,
+                MAX_FRAME + 5,
+                200_000,
+            ] {
+                let error = carrier.send(direction, &vec![0; len]).unwrap_err();
+                assert_eq!(exit_code(&error), 1);
+                let refused: Refused = error.downcast().unwrap();
+                let why = if len < 14 {
+                    "shorter than an Ethernet header"
+                } else {
+                    "at most 65549"
+                };
+                assert!(refused.why.contains(why), "{len}: {refused}");
+            }
+        }
+    }
+
+    #[test]
+    fn vlan_tags_are_back_in_their_place() {
+        let Some(carrier) = carrier() else { return };
+        let link = attach_xdp(&carrier, &always(XDP_PASS));
+        for native in [true, false] {
+            for tags in [
+                &[0x81, 0, 0x60, 5][..],
+                &[0x81, 0, 0, 0],
+                &[0x88, 0xa8, 0, 6, 0x81, 0, 0, 5],
+                &[0x81, 0, 0xff, 0xff, 0x81, 0, 0, 5],
+            ] {
+                let mut frame = tcp(100);
+                frame.splice(12..12, tags.iter().copied());
+                for direction in DIRECTIONS {
+                    assert_eq!(
+                        carrier.send(direction, &frame).unwrap(),
+                        passed(&frame),
+                        "{direction:?} {tags:x?} native: {native}"
+                    );
+                }
+            }
+            if native {
+                carrier.in_namespace(|| detach(&link)).unwrap();
+            }
+        }
+        let mut longest = frame(0x8100, MAX_FRAME + 4);
+        longest[14..18].copy_from_slice(&[0, 5, 8, 0]);
+        for direction in DIRECTIONS {
+            let seen = carrier.send(direction, &longest).unwrap();
+            assert!(seen == passed(&longest), "{direction:?}");
+        }
+    }
+
+    fn detach(link: &OwnedFd) {
+        // SAFETY: no pointers.
+        check(unsafe { libbpf_sys::bpf_link_detach(link.as_raw_fd()) }).unwrap();
+    }
+
+    #[test]
+    fn drops_are_told_by_the_marker_without_waiting() {
+        let Some(carrier) = carrier() else { return };
+        let _links = [
+            attach_xdp(&carrier, &xdp_drop_ipv4()),
+            attach_tc(&carrier, &tc_drop_ipv4(), Direction::Egress),
+        ];
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let start = Instant::now();
+            for round in 0..20 {
+                let dropped = carrier.send(direction, &tcp(5000)).unwrap();
+                assert_eq!(dropped, Observation::default(), "{direction:?} {round}");
+                let other = frame(0x86dd, 5000);
+                assert_eq!(carrier.send(direction, &other).unwrap(), passed(&other));
+            }
+            assert!(start.elapsed() < FREE_RUN * 10, "{direction:?}");
+        }
+    }
+
+    #[test]
+    fn tc_ingress_drops_are_seen_behind_the_program() {
+        let Some(carrier) = carrier() else { return };
+        let _link = attach_tc(&carrier, &tc_drop_ipv4(), Direction::TcIngress);
+        let dropped = tcp(5000);
+        let other = frame(0x86dd, 5000);
+        for _ in 0..20 {
+            let seen = carrier.send(Direction::TcIngress, &dropped).unwrap();
+            assert_eq!(seen, Observation::default());
+            let seen = carrier.send(Direction::TcIngress, &other).unwrap();
+            assert_eq!(seen, passed(&other));
+            let seen = carrier.send(Direction::Ingress, &dropped).unwrap();
+            assert_eq!(seen, passed(&dropped));
+        }
+    }
+
+    #[test]
+    fn a_program_that_drops_everything_costs_the_timeout_at_ingress_only() {
+        let Some(carrier) = carrier() else { return };
+        let link = attach_xdp(&carrier, &always(XDP_DROP));
+        let start = Instant::now();
+        let seen = carrier.send(Direction::Ingress, &tcp(1)).unwrap();
+        assert_eq!(seen, Observation::default());
+        assert!(start.elapsed() >= MARKER_TIMEOUT);
+        assert!(start.elapsed() < MARKER_TIMEOUT * 2);
+        carrier.in_namespace(|| detach(&link)).unwrap();
+        let seen = carrier.send(Direction::Ingress, &tcp(1)).unwrap();
+        assert_eq!(seen, passed(&tcp(1)));
+
+        let program = always(TC_ACT_SHOT);
+        let _link = attach_tc(&carrier, &program, Direction::Egress);
+        let start = Instant::now();
+        let seen = carrier.send(Direction::Egress, &tcp(1)).unwrap();
+        assert_eq!(seen, Observation::default());
+        assert!(start.elapsed() < FREE_RUN);
+    }
+
+    #[test]
+    fn frames_sent_back_are_seen_at_the_sender() {
+        let Some(carrier) = carrier() else { return };
+        for program in [
+            if_ethertype(0, IPV4, XDP_TX, XDP_PASS),
+            always(XDP_TX),
+            if_ethertype(0, IPV4, XDP_TX, XDP_DROP),
+        ] {
+            let link = attach_xdp(&carrier, &program);
+            let start = Instant::now();
+            for round in 0..50 {
+                for frame in [tcp(100), frame(0x0800, 1514), frame(0x0800, 3000)] {
+                    let seen = carrier.send(Direction::Ingress, &frame).unwrap();
+                    assert_eq!(seen, returned(&frame), "{round}");
+                }
+            }
+            assert!(start.elapsed() < FREE_RUN * 10);
+            carrier.in_namespace(|| detach(&link)).unwrap();
+        }
+    }
+
+    #[test]
+    fn tc_redirects_to_the_sender_and_copies_are_seen() {
+        let Some(carrier) = carrier() else { return };
+        let device = carrier.device(Side::In) as i32;
+        let redirect = |flags| {
+            // `return bpf_redirect(device, flags)`: its argument stands in r1.
+            vec![
+                instruction(0xb7, 1, 0, 0, device),
+                instruction(0xb7, 2, 0, 0, flags),
+                instruction(0x85, 0, 0, 0, libbpf_sys::BPF_FUNC_redirect as i32),
+                instruction(0x95, 0, 0, 0, 0),
+            ]
+        };
+        let copy = libbpf_sys::BPF_FUNC_clone_redirect;
+        for (direction, flags) in [(Direction::TcIngress, 0), (Direction::Egress, 1)] {
+            let link = attach_tc(&carrier, &redirect(flags), direction);
+            let frame = tcp(5000);
+            let seen = carrier.send(direction, &frame).unwrap();
+            assert_eq!(seen, returned(&frame), "{direction:?}");
+            carrier.in_namespace(|| detach(&link)).unwrap();
+
+            let program = tc_call(copy, &[device, flags], TC_ACT_UNSPEC);
+            let link = attach_tc(&carrier, &program, direction);
+            let seen = carrier.send(direction, &frame).unwrap();
+            assert_eq!(seen.passed.as_ref(), Some(&frame));
+            assert_eq!(seen.returned.as_ref(), Some(&frame));
+            assert_eq!(seen.copies, 0);
+            carrier.in_namespace(|| detach(&link)).unwrap();
+        }
+    }
+
+    #[test]
+    fn changes_are_seen() {
+        let Some(carrier) = carrier() else { return };
+        let push = libbpf_sys::BPF_FUNC_skb_vlan_push;
+        let protocol = 0x8100u16.to_be().into();
+        for direction in [Direction::TcIngress, Direction::Egress] {
+            let program = tc_call(push, &[protocol, 77], TC_ACT_UNSPEC);
+            let link = attach_tc(&carrier, &program, direction);
+            let frame = tcp(5000);
+            let mut tagged = frame.clone();
+            tagged.splice(12..12, [0x81, 0, 0, 77]);
+            let start = Instant::now();
+            let seen = carrier.send(direction, &frame).unwrap();
+            assert_eq!(seen, passed(&tagged), "{direction:?}");
+            assert!(start.elapsed() < FREE_RUN);
+            carrier.in_namespace(|| detach(&link)).unwrap();
+        }
+    }
+
+    #[test]
+    fn programs_see_the_headers_of_long_frames() {
+        let Some(carrier) = carrier() else { return };
+        for (direction, context) in [(Direction::TcIngress, 76), (Direction::Egress, 76)] {
+            // Drops what has 256 linear bytes.
+            let mut program = if_ethertype(context, IPV4, TC_ACT_SHOT, TC_ACT_UNSPEC);
+            program[4].imm = LINEAR as i32;
+            let link = attach_tc(&carrier, &program, direction);
+            let seen = carrier.send(direction, &tcp(60_000)).unwrap();
+            assert_eq!(seen, Observation::default(), "{direction:?}");
+            carrier.in_namespace(|| detach(&link)).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_namespace_is_private_silent_and_vanishes() {
+        let Some(carrier) = carrier() else { return };
+        let own = fs::read_link("/proc/thread-self/ns/net").unwrap();
+        let (private, devices, routes) = carrier
+            .in_namespace(|| {
+                let name = fs::read_link("/proc/thread-self/ns/net").unwrap();
+                let devices = nix::net::if_::if_nameindex().unwrap().iter().count();
+                let routes = fs::read_to_string("/proc/thread-self/net/fib_trie").unwrap();
+                (name, devices, routes)
+            })
+            .unwrap();
+        assert_ne!(own, private);
+        assert_eq!(devices, 3);
+        assert_eq!(routes, "");
+        assert_eq!(own, fs::read_link("/proc/thread-self/ns/net").unwrap());
+        assert_ne!(carrier.device(Side::In), carrier.device(Side::Out));
+
+        // Nothing is said unasked, and nothing is answered.
+        thread::sleep(FREE_RUN);
+        let mut buffer = vec![0; RECEIVE_BUFFER];
+        for socket in [
+            &carrier.inner.receiver,
+            &carrier.outer.receiver,
+            &carrier.loopback,
+        ] {
+            assert_eq!(receive(socket, &mut buffer).unwrap(), None);
+        }
+        let in_use = || {
+            fs::read_dir("/proc/self/fd")
+                .unwrap()
+                .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+                .any(|target| target == private)
+        };
+        assert!(in_use());
+        drop(carrier);
+        assert!(!in_use());
+    }
+
+    #[test]
+    fn a_panic_goes_on_in_the_caller_and_the_carrier_lives() {
+        let Some(carrier) = carrier() else { return };
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            carrier.in_namespace(|| std::panic::resume_unwind(Box::new("on purpose")))
+        }));
+        let panic = result
+            .map(|result: Result<()>| result.unwrap())
+            .unwrap_err();
+        assert_eq!(panic.downcast_ref(), Some(&"on purpose"));
+        assert_eq!(
+            carrier.send(Direction::Egress, &tcp(1)).unwrap(),
+            passed(&tcp(1))
+        );
+    }
+
+    #[test]
+    fn many_callers_get_their_own_frames_and_keep_their_cpus() {
+        let Some(carrier) = carrier() else { return };
+        let before = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        thread::scope(|scope| {
+            for caller in 0..4 {
+                let carrier = &carrier;
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        let direction = DIRECTIONS[(caller + round) % 3];
+                        let frame = frame(0x0800, 100 + 300 * caller + round);
+                        assert_eq!(carrier.send(direction, &frame).unwrap(), passed(&frame));
+                    }
+                });
+            }
+        });
+        carrier.send(Direction::Ingress, &tcp(1)).unwrap();
+        assert_eq!(sched_getaffinity(Pid::from_raw(0)).unwrap(), before);
     }
 }

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The entry programs as skeletons, and the types their BTF shares with user space.
+
+/// Generated from `src/bpf/entry.bpf.c`, compiled for XDP.
+#[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
+#[allow(dead_code, non_snake_case, non_camel_case_types)]
+pub(super) mod xdp {
+    include!(concat!(env!("OUT_DIR"), "/entry_xdp.skel.rs"));
+}
+
+/// The same, compiled for TC.
+#[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
+#[allow(dead_code, non_snake_case, non_camel_case_types)]
+pub(super) mod tc {
+    include!(concat!(env!("OUT_DIR"), "/entry_tc.skel.rs"));
+}
+
+pub use xdp::types;
+
+use types::{chain_ctx, element, node_config, node_stats};
+
+include!(concat!(env!("OUT_DIR"), "/reasons.rs"));
+
+// SAFETY: C structs of integers without padding; every bit pattern is a value.
+unsafe impl plain::Plain for node_config {}
+// SAFETY: as above.
+unsafe impl plain::Plain for node_stats {}
+// SAFETY: as above.
+unsafe impl plain::Plain for element {}
+// SAFETY: as above.
+unsafe impl plain::Plain for chain_ctx {}
+
+/// Size of a per-packet context, in bytes.
+pub const CONTEXT_SIZE: u32 = size_of::<chain_ctx>() as u32;
+/// Size of a node's counters, in bytes.
+pub const STATS_SIZE: u32 = size_of::<node_stats>() as u32;
+/// Size of the value of a set's element, in bytes.
+pub const ELEMENT_SIZE: u32 = size_of::<element>() as u32;

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Chains in the kernel: loading, attaching, keeping and counting them.
+
+pub mod bpf;
+pub mod counters;
+pub mod generation;
+pub mod names;
+pub mod sets;
+pub mod sys;

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! From chains to the control-flow graph that an attachment runs. Needs no kernel.
+//!
+//! A node is one selector or action. It goes on to one of two successors, each a node or a
+//! verdict; a verdict is never a node. The graph has no cycles: sub-chains do not come back.
+
+mod paths;
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
+use crate::error::Invalid;
+use crate::hook::Hook;
+use crate::policy::{Kind, Policy, Registry};
+use crate::spec::{Action, Chain, Keys, OnError, Origin, Selector, Then};
+
+/// Tail calls a packet can make in the kernel, those that miss included.
+pub const MAX_TAIL_CALLS: usize = 33;
+
+/// The name of the action a chain without selectors and actions gets, so that it can be counted.
+const COUNT: &str = "count";
+/// The name of the action that goes to a chain.
+const GOTO: &str = "goto";
+
+/// Where a packet goes from a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Successor {
+    /// Index into [`Graph::nodes`].
+    Node(usize),
+    Pass,
+    Drop,
+}
+
+/// One selector or action of one chain.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Name of the chain.
+    pub chain: String,
+    /// Id of the chain.
+    pub chain_id: u32,
+    /// Position among the nodes of its chain, selectors first.
+    pub ordinal: usize,
+    /// Name of the policy.
+    pub policy: String,
+    pub kind: Kind,
+    /// After a match, or an action that was done.
+    pub next: Successor,
+    /// After a miss, or an action that gave up.
+    pub otherwise: Successor,
+    /// A selector that matches what its policy does not.
+    pub negate: bool,
+    pub keys: Keys,
+    /// Kind of set a keyed selector takes.
+    pub set_kind: Option<String>,
+    pub params: Map<String, Value>,
+    /// What a selector does to the argument in the packet's context when it matches.
+    pub argument: ArgumentUse,
+    /// An action that ends in a verdict of its own, or in another chain.
+    pub terminal: bool,
+    /// Whether the packets counted here are packets of the chain: the last selector of each
+    /// alternative, or the first action of a chain without selectors.
+    pub counts_for_chain: bool,
+    /// Where the chain file has it.
+    pub origin: Origin,
+}
+
+/// What a selector does to the argument in the packet's context when it matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ArgumentUse {
+    Leave,
+    /// Forget what an alternative before this one stored.
+    Clear,
+    /// Store the argument of the element that matched.
+    Store,
+}
+
+/// What an attachment runs.
+#[derive(Clone, Debug)]
+pub struct Graph {
+    pub nodes: Vec<Node>,
+    /// Where every packet begins.
+    pub entry: Successor,
+    /// First node of each sub-chain in the graph, by chain id.
+    pub heads: BTreeMap<u32, Successor>,
+    /// Whether some node reads the packet's context.
+    pub has_context: bool,
+}
+
+impl Node {
+    /// `CHAIN/ORDINAL:POLICY`, unique in a graph.
+    pub fn name(&self) -> String {
+        format!("{}/{}:{}", self.chain, self.ordinal, self.policy)
+    }
+
+    /// Whether the argument of an element replaces one of the parameters.
+    pub fn reads_argument(&self) -> bool {
+        reads_argument(&self.params)
+    }
+
+    /// The chain a `goto` with a fixed target goes to.
+    pub fn goto_target(&self) -> Option<&str> {
+        if self.kind == Kind::Action && self.policy == GOTO {
+            self.params.get("chain").and_then(Value::as_str)
+        } else {
+            None
+        }
+    }
+
+    /// Whether an element of a set decides which chain is next.
+    pub fn is_verdict_map(&self) -> bool {
+        self.kind == Kind::Action && self.policy == GOTO && self.reads_argument()
+    }
+}
+
+/// Compiles the chains of one hook of one device.
+///
+/// `chains`: those attached there, in any order. `subs`: every sub-chain, by name. `ids`: the id
+/// of each of them.
+///
+/// # Errors
+/// [`Invalid`] with the place in the chain file: sub-chains that go in circles or hold a verdict
+/// map, a path of more than [`MAX_TAIL_CALLS`] nodes, a policy the hook does not have.
+pub fn plan(
+    hook: Hook,
+    chains: &[&Chain],
+    subs: &BTreeMap<String, &Chain>,
+    ids: &BTreeMap<String, u32>,
+    registry: &Registry,
+) -> Result<Graph, Invalid> {
+    let mut planner = Planner {
+        hook,
+        subs,
+        ids,
+        registry,
+        nodes: Vec::new(),
+        heads: BTreeMap::new(),
+        entered: Vec::new(),
+    };
+    let mut ordered = chains.to_vec();
+    ordered.sort_by(|a, b| (a.priority, &a.name).cmp(&(b.priority, &b.name)));
+    let mut entry = Successor::Pass;
+    for chain in ordered.into_iter().rev() {
+        entry = planner.chain(chain, entry)?;
+    }
+    if planner.nodes.iter().any(Node::is_verdict_map) {
+        for chain in subs.values() {
+            planner.sub_chain(&chain.name, &chain.origin)?;
+        }
+    }
+    let heads = planner
+        .heads
+        .iter()
+        .filter_map(|(name, head)| Some((*ids.get(name)?, *head)))
+        .collect();
+    let graph = Graph {
+        has_context: planner.nodes.iter().any(Node::reads_argument),
+        nodes: planner.nodes,
+        entry,
+        heads,
+    };
+    paths::check(&graph)?;
+    Ok(graph)
+}
+
+struct Planner<'a> {
+    hook: Hook,
+    subs: &'a BTreeMap<String, &'a Chain>,
+    ids: &'a BTreeMap<String, u32>,
+    registry: &'a Registry,
+    nodes: Vec<Node>,
+    /// First node of each sub-chain compiled, by name.
+    heads: BTreeMap<String, Successor>,
+    /// Sub-chains being compiled, outermost first.
+    entered: Vec<String>,
+}
+
+impl Planner<'_> {
+    /// Compiles a chain, from its end to its beginning; `fallthrough` is where packets go that it
+    /// does not take.
+    fn chain(&mut self, chain: &Chain, fallthrough: Successor) -> Result<Successor, Invalid> {
+        let then = match &chain.then {
+            Then::Pass => Successor::Pass,
+            Then::Drop => Successor::Drop,
+            Then::Continue => fallthrough,
+            Then::Goto(target) => self.sub_chain(target, &chain.origin)?,
+        };
+        let matched = self.actions(chain, then)?;
+        let reads = chain.actions.iter().any(|a| reads_argument(&a.params));
+        let mut missed = fallthrough;
+        let mut ordinal = chain.selectors.len();
+        for alternative in chain.alternatives().into_iter().rev() {
+            let mut next = matched;
+            for (at, selector) in alternative.iter().enumerate().rev() {
+                ordinal -= 1;
+                let argument = match reads {
+                    true if selector.keys != Keys::None && !selector.negate => ArgumentUse::Store,
+                    true if at == 0 => ArgumentUse::Clear,
+                    _ => ArgumentUse::Leave,
+                };
+                let last = at + 1 == alternative.len();
+                next = self.selector(chain, selector, ordinal, next, missed, argument, last)?;
+            }
+            missed = next;
+        }
+        Ok(missed)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn selector(
+        &mut self,
+        chain: &Chain,
+        selector: &Selector,
+        ordinal: usize,
+        next: Successor,
+        otherwise: Successor,
+        argument: ArgumentUse,
+        counts_for_chain: bool,
+    ) -> Result<Successor, Invalid> {
+        let policy = self.registry.selector(&selector.policy);
+        self.supported(policy, &selector.policy, &selector.origin)?;
+        Ok(self.add(Node {
+            chain: chain.name.clone(),
+            chain_id: self.id(&chain.name),
+            ordinal,
+            policy: selector.policy.clone(),
+            kind: Kind::Selector,
+            next,
+            otherwise,
+            negate: selector.negate,
+            keys: selector.keys.clone(),
+            set_kind: selector.kind.clone(),
+            params: selector.params.clone(),
+            argument,
+            terminal: false,
+            counts_for_chain,
+            origin: selector.origin.clone(),
+        }))
+    }
+
+    fn actions(&mut self, chain: &Chain, then: Successor) -> Result<Successor, Invalid> {
+        let count = Action {
+            policy: COUNT.to_owned(),
+            on_error: OnError::Continue,
+            params: Map::new(),
+            references: Vec::new(),
+            origin: chain.origin.clone(),
+        };
+        let actions = if chain.selectors.is_empty() && chain.actions.is_empty() {
+            std::slice::from_ref(&count)
+        } else {
+            &chain.actions
+        };
+        let mut next = then;
+        for (at, action) in actions.iter().enumerate().rev() {
+            let policy = self.registry.action(&action.policy);
+            let terminal = self
+                .supported(policy, &action.policy, &action.origin)?
+                .terminal;
+            let mut node = Node {
+                chain: chain.name.clone(),
+                chain_id: self.id(&chain.name),
+                ordinal: chain.selectors.len() + at,
+                policy: action.policy.clone(),
+                kind: Kind::Action,
+                next,
+                otherwise: match action.on_error {
+                    OnError::Continue => next,
+                    OnError::Pass => Successor::Pass,
+                    OnError::Drop => Successor::Drop,
+                },
+                negate: false,
+                keys: Keys::None,
+                set_kind: None,
+                params: action.params.clone(),
+                argument: ArgumentUse::Leave,
+                terminal,
+                counts_for_chain: chain.selectors.is_empty() && at == 0,
+                origin: action.origin.clone(),
+            };
+            if let Some(target) = node.goto_target() {
+                node.next = self.sub_chain(target, &action.origin)?;
+            }
+            next = self.add(node);
+        }
+        Ok(next)
+    }
+
+    /// Compiles a sub-chain unless it is there already. What it does not take, passes.
+    fn sub_chain(&mut self, name: &str, from: &Origin) -> Result<Successor, Invalid> {
+        if let Some(head) = self.heads.get(name) {
+            return Ok(*head);
+        }
+        if let Some(at) = self.entered.iter().position(|entered| entered == name) {
+            let circle = self.entered[at..].join(" -> ");
+            return Err(from
+                .invalid("", format!("{circle} -> {name}"), "chains that end")
+                .advice("remove one goto of the circle: a packet would run in it forever"));
+        }
+        let Some(chain) = self.subs.get(name).copied() else {
+            return Err(from.invalid("", format!("no chain \"{name}\""), "an existing sub-chain"));
+        };
+        if let Some(action) = chain.actions.iter().find(|a| is_verdict_map(a)) {
+            return Err(action
+                .origin
+                .invalid(
+                    "",
+                    format!("a verdict map in the sub-chain \"{name}\""),
+                    "{\"from\": \"element\"} in a chain with \"attach\" only",
+                )
+                .advice("name the chain in this goto: its elements could lead back to itself"));
+        }
+        self.entered.push(name.to_owned());
+        let head = self.chain(chain, Successor::Pass)?;
+        self.entered.pop();
+        self.heads.insert(name.to_owned(), head);
+        Ok(head)
+    }
+
+    fn supported<'p>(
+        &self,
+        policy: Option<&'p Policy>,
+        name: &str,
+        origin: &Origin,
+    ) -> Result<&'p Policy, Invalid> {
+        let Some(policy) = policy else {
+            return Err(origin.invalid("", format!("\"{name}\""), "a policy of this program"));
+        };
+        if policy.runs_at(self.hook) {
+            return Ok(policy);
+        }
+        Err(origin
+            .invalid(
+                "",
+                format!("{name} on {}", self.hook),
+                format!("one of the hooks {name} has: {}", policy.hooks.join(", ")),
+            )
+            .advice("attach the chain to another hook, or use another policy"))
+    }
+
+    fn id(&self, chain: &str) -> u32 {
+        self.ids.get(chain).copied().unwrap_or_default()
+    }
+
+    fn add(&mut self, node: Node) -> Successor {
+        self.nodes.push(node);
+        Successor::Node(self.nodes.len() - 1)
+    }
+}
+
+fn is_verdict_map(action: &Action) -> bool {
+    action.policy == GOTO && reads_argument(&action.params)
+}
+
+fn reads_argument(params: &Map<String, Value>) -> bool {
+    params
+        .values()
+        .any(|value| value.get("from").and_then(Value::as_str) == Some("element"))
+}
