@@ -38,6 +38,16 @@ pub enum CarrierChoice {
     PerCpu,
 }
 
+impl CarrierChoice {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            CarrierChoice::Auto => "auto",
+            CarrierChoice::PerCpu => "percpu",
+        }
+    }
+}
+
 /// What loading a graph takes besides the graph.
 pub struct Environment<'a> {
     pub hook: Hook,

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Sets in the kernel: making them, and JSON elements to keys and values and back.
 
+use std::collections::{BTreeMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapType, ObjectBuilder};
@@ -10,10 +12,13 @@ use serde_json::{Map, Value};
 use super::bpf::ELEMENT_SIZE;
 use super::bpf::types::{element, element_flags};
 use super::generation::kernel_error;
+use super::names::SystemNames;
+use super::store::Store;
 use super::sys;
-use crate::error::{Invalid, Refused};
+use crate::error::{Invalid, Refused, did_you_mean};
 use crate::hook::Family;
 use crate::policy::{Layout, Names, Registry, ReverseNames};
+use crate::spec::{Keys, json};
 
 /// Members of an element that are not of its key.
 pub const ARGUMENT: &str = "arg";
@@ -198,4 +203,229 @@ pub fn element_chain(value: &[u8]) -> Option<u32> {
     let mut element = element::default();
     plain::copy_from_bytes(&mut element, value).ok()?;
     (element.flags & element_flags::ELEMENT_CHAIN.0 != 0).then_some(element.argument as u32)
+}
+
+/// What `set load` did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loaded {
+    /// Elements given, stored new or anew.
+    pub stored: usize,
+    /// Elements removed that were not given.
+    pub removed: usize,
+}
+
+/// A named set, open to work on.
+pub struct NamedSet<'a> {
+    name: String,
+    map: OwnedFd,
+    layout: &'a Layout,
+    ids: BTreeMap<String, u32>,
+}
+
+impl<'a> NamedSet<'a> {
+    /// Opens a set by name.
+    ///
+    /// # Errors
+    /// [`Invalid`] for a name that is not there.
+    pub fn open(store: &'a Store, name: &str) -> Result<NamedSet<'a>> {
+        let state = store.state()?;
+        let Some(set) = state.sets.get(name) else {
+            let names = state.sets.keys().map(String::as_str);
+            return Err(Invalid::new(
+                "SET",
+                format!("\"{name}\", no such set{}", did_you_mean(name, names)),
+                "the name of a set",
+            )
+            .advice("see `policy-chain set list`; sets are defined in chain files")
+            .into());
+        };
+        let key = store
+            .registry()
+            .set_kind(&set.kind)
+            .with_context(|| format!("no policy knows sets of kind {}", set.kind))?;
+        let subs = state.subs.iter().map(|sub| sub.name.clone());
+        let ids = subs
+            .filter_map(|name| Some((name.clone(), *state.ids.get(&name)?)))
+            .collect();
+        Ok(NamedSet {
+            name: name.to_owned(),
+            map: store.set(name)?,
+            layout: &key.layout,
+            ids,
+        })
+    }
+
+    fn names(&self) -> SystemNames<'_> {
+        SystemNames {
+            chains: &self.ids,
+            any_device: false,
+        }
+    }
+
+    /// Reads an element as users write it: JSON, or `member=value,...`.
+    ///
+    /// # Errors
+    /// [`Invalid`] for what is neither.
+    pub fn parse(&self, text: &str) -> Result<Map<String, Value>, Invalid> {
+        let text = text.trim();
+        if !text.starts_with('{') {
+            return self.layout.parse_compact(text);
+        }
+        match json::parse(text, Path::new("element"))? {
+            Value::Object(item) => Ok(item),
+            other => Err(Invalid::new("element", other, "a JSON object")),
+        }
+    }
+
+    /// Stores elements, new or not; those that are there and not given stay.
+    ///
+    /// # Errors
+    /// [`Invalid`], and then nothing was stored; [`Refused`] where the set is full.
+    pub fn add(&self, items: &[Map<String, Value>]) -> Result<()> {
+        store_named(&self.map, &self.name, &self.pack(items)?)
+    }
+
+    fn pack(&self, items: &[Map<String, Value>]) -> Result<Packed, Invalid> {
+        let mut packed = Packed::default();
+        for (at, item) in items.iter().enumerate() {
+            packed.push(
+                self.layout,
+                item,
+                &format!("element {}", at + 1),
+                &self.names(),
+            )?;
+        }
+        Ok(packed)
+    }
+
+    /// Removes elements, and tells how many were there.
+    ///
+    /// # Errors
+    /// [`Invalid`] for an element that is no key.
+    pub fn delete(&self, items: &[Map<String, Value>]) -> Result<usize> {
+        let packed = self.pack(items)?;
+        let mut removed = 0;
+        for key in packed.keys.chunks_exact(self.layout.size.max(1)) {
+            let there = sys::map_delete(&self.map, key)
+                .with_context(|| format!("delete from the set {}", self.name))?;
+            removed += usize::from(there);
+        }
+        Ok(removed)
+    }
+
+    /// Every element, in no order.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn list(&self) -> Result<Vec<Map<String, Value>>> {
+        let entries =
+            sys::map_dump(&self.map).with_context(|| format!("read the set {}", self.name))?;
+        let names = self.names();
+        Ok(entries
+            .iter()
+            .map(|(key, value)| element_json(self.layout, key, value, &names))
+            .collect())
+    }
+
+    /// Loads elements from text: a JSON list of objects, or one element a line (JSON or
+    /// `member=value,...`; empty lines and those with `#` first do not count). With `replace`,
+    /// what is not given is removed, after all that is given has been stored.
+    ///
+    /// # Errors
+    /// [`Invalid`] with the line, and then nothing was stored.
+    pub fn load(&self, text: &str, file: &Path, replace: bool) -> Result<Loaded> {
+        let packed = self.pack_text(text).map_err(|error| error.in_file(file))?;
+        store_named(&self.map, &self.name, &packed)?;
+        let mut removed = 0;
+        if replace {
+            let given: HashSet<&[u8]> = packed.keys.chunks_exact(self.layout.size.max(1)).collect();
+            let entries = sys::map_dump(&self.map)?;
+            for (key, _) in entries.iter().filter(|(key, _)| !given.contains(key)) {
+                removed += usize::from(sys::map_delete(&self.map, key)?);
+            }
+        }
+        Ok(Loaded {
+            stored: packed.count,
+            removed,
+        })
+    }
+
+    fn pack_text(&self, text: &str) -> Result<Packed, Invalid> {
+        let names = self.names();
+        let mut packed = Packed::default();
+        if text.trim_start().starts_with('[') {
+            let list = json::parse(text, Path::new(""))?;
+            for (at, item) in list.as_array().into_iter().flatten().enumerate() {
+                let path = format!("$[{at}]");
+                let item = item
+                    .as_object()
+                    .ok_or_else(|| Invalid::new(&path, json::show(item), "a JSON object"))?;
+                packed.push(self.layout, item, &path, &names)?;
+            }
+            return Ok(packed);
+        }
+        for (number, line) in (1..).zip(text.lines()) {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let path = format!("line {number}");
+            let item = self.parse(line).map_err(|error| Invalid {
+                path: path.clone(),
+                ..error
+            })?;
+            packed.push(self.layout, &item, &path, &names)?;
+        }
+        Ok(packed)
+    }
+}
+
+/// Takes a set away that no chain uses.
+///
+/// # Errors
+/// [`Invalid`] for a name that is not there, [`Refused`] while a chain uses the set.
+pub fn delete(store: &Store, name: &str) -> Result<()> {
+    NamedSet::open(store, name)?;
+    let mut state = store.state()?;
+    let attachments = store.attachments()?;
+    let attached = attachments.iter().flat_map(|a| &a.record.chains);
+    let user = attached.chain(&state.subs).find(|chain| {
+        let mut selectors = chain.selectors.iter();
+        selectors.any(|selector| selector.keys == Keys::Set(name.to_owned()))
+    });
+    if let Some(chain) = user {
+        return Err(Refused::state(
+            format!("the set {name} is in use"),
+            format!("the chain {} looks packets up in it", chain.name),
+            format!("first `policy-chain delete {}`", chain.name),
+        )
+        .into());
+    }
+    state.sets.remove(name);
+    store.write_state(&state)?;
+    store.remove_set(name)?;
+    store.remove_if_empty()
+}
+
+fn store_named(map: &OwnedFd, name: &str, packed: &Packed) -> Result<()> {
+    store_packed(map, packed).map_err(|error| match error.downcast::<Refused>() {
+        Ok(refused) => Refused {
+            what: format!("the set {name}: {}", refused.what),
+            ..refused
+        }
+        .into(),
+        Err(error) => error,
+    })
+}
+
+/// An element as `set list` prints it and `set add` takes it.
+pub fn compact(item: &Map<String, Value>) -> String {
+    let members: Vec<String> = item
+        .iter()
+        .map(|(name, value)| match value.as_str() {
+            Some(text) => format!("{name}={text}"),
+            None => format!("{name}={value}"),
+        })
+        .collect();
+    members.join(",")
 }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use crate::error::Invalid;
 use crate::hook::Hook;
 use crate::policy::{Kind, Policy, Registry};
-use crate::spec::{Action, Chain, Keys, OnError, Origin, Selector, Then};
+use crate::spec::{Action, Chain, Keys, OnError, Origin, Selector, Spec, Then};
 
 /// Tail calls a packet can make in the kernel, those that miss included.
 pub const MAX_TAIL_CALLS: usize = 33;
@@ -85,6 +85,18 @@ pub struct Graph {
     pub heads: BTreeMap<u32, Successor>,
     /// Whether some node reads the packet's context.
     pub has_context: bool,
+}
+
+impl Graph {
+    /// What runs where no chain is attached.
+    pub fn empty() -> Graph {
+        Graph {
+            nodes: Vec::new(),
+            entry: Successor::Pass,
+            heads: BTreeMap::new(),
+            has_context: false,
+        }
+    }
 }
 
 impl Node {
@@ -161,6 +173,33 @@ pub fn plan(
     };
     paths::check(&graph)?;
     Ok(graph)
+}
+
+/// Plans every hook that the chains of a specification name, on their own: what can be found wrong
+/// without a kernel and without devices.
+///
+/// # Errors
+/// As [`plan`].
+pub fn check(spec: &Spec, registry: &Registry) -> Result<(), Invalid> {
+    let subs: BTreeMap<String, &Chain> = spec
+        .chains
+        .iter()
+        .filter(|chain| chain.attach.is_empty())
+        .map(|chain| (chain.name.clone(), chain))
+        .collect();
+    let mut places: BTreeMap<(&str, Hook), Vec<&Chain>> = BTreeMap::new();
+    for chain in &spec.chains {
+        for attach in &chain.attach {
+            let chains = places.entry((&attach.device, attach.hook)).or_default();
+            chains.push(chain);
+        }
+    }
+    let names = spec.chains.iter().map(|chain| chain.name.clone());
+    let ids = names.zip(1u32..).collect();
+    for ((_, hook), chains) in places {
+        plan(hook, &chains, &subs, &ids, registry)?;
+    }
+    Ok(())
 }
 
 struct Planner<'a> {

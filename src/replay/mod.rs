@@ -6,10 +6,12 @@ pub mod veth;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::engine::attach::{Hold, Place};
 use crate::engine::counters::{self, Counters};
 use crate::engine::generation::{self, CarrierChoice, Environment, Generation};
 use crate::engine::names::SystemNames;
@@ -18,7 +20,10 @@ use crate::error::{Invalid, did_you_mean};
 use crate::hook::{Family, Hook};
 use crate::plan::{self, Graph, Node, Successor};
 use crate::policy::{Kind, Registry};
-use crate::spec::{Chain, Spec};
+use crate::spec::{Chain, Mode, Spec};
+
+use capture::{Reader, Writer};
+use veth::VethCarrier;
 
 /// What a hook does with a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +90,26 @@ impl Outcome {
             "carrier": self.carrier,
         })
     }
+
+    /// The line `replay` prints.
+    pub fn line(&self, number: u64, input: &[u8]) -> String {
+        let mut line = format!("{number:>6}  {:<8}", self.verdict.name());
+        line.push_str(if self.matched {
+            "  matched"
+        } else {
+            "         "
+        });
+        line.push_str(if self.frame == input {
+            "           "
+        } else {
+            "  changed  "
+        });
+        line.push_str(&self.path.join(" -> "));
+        if !self.reasons.is_empty() {
+            line.push_str(&format!("  ({})", self.reasons.join(", ")));
+        }
+        line
+    }
 }
 
 /// A chain, loaded for one hook and attached nowhere.
@@ -95,6 +120,34 @@ pub struct Runner {
     generation: Generation,
     sets: BTreeMap<String, OwnedFd>,
     before: Vec<Counters>,
+    carrier: Option<Carrier>,
+}
+
+/// Length of an Ethernet header, in bytes.
+const ETHERNET_HEADER: usize = 14;
+
+/// A real device in a namespace of its own, running the chain.
+struct Carrier {
+    veth: VethCarrier,
+    _hold: Hold,
+}
+
+impl Carrier {
+    fn new(hook: Hook, generation: &Generation) -> Result<Carrier> {
+        let veth = VethCarrier::new()?;
+        let place = Place {
+            device: "pc-in".to_owned(),
+            ifindex: veth.device(veth::Side::In),
+            hook,
+            no_link: false,
+        };
+        let mode = match hook {
+            Hook::Xdp => Mode::Native,
+            Hook::TcIngress | Hook::TcEgress => Mode::Auto,
+        };
+        let (hold, _) = veth.in_namespace(|| place.attach(&generation.entry, mode))??;
+        Ok(Carrier { veth, _hold: hold })
+    }
 }
 
 impl Runner {
@@ -147,6 +200,7 @@ impl Runner {
             generation,
             sets,
             before,
+            carrier: None,
         })
     }
 
@@ -165,31 +219,94 @@ impl Runner {
         self.sets.get(name)
     }
 
-    /// Runs one Ethernet frame.
+    /// Runs one Ethernet frame. A frame shorter than an Ethernet header gets to no hook of a real
+    /// device either: it passes as it is.
     ///
     /// # Errors
-    /// A frame that the kernel can run nowhere, or what it says.
+    /// What the kernel says.
     pub fn run(&mut self, frame: &[u8]) -> Result<Outcome> {
-        let run = sys::test_run(&self.generation.entry, frame, None)
-            .with_context(|| format!("run a frame of {} bytes", frame.len()))?;
-        let verdict = Verdict::of(self.hook.family(), run.verdict);
-        self.outcome(verdict, run.frame, "test_run")
+        if frame.len() < ETHERNET_HEADER {
+            return Ok(Outcome {
+                verdict: Verdict::Pass,
+                frame: frame.to_vec(),
+                matched: false,
+                path: Vec::new(),
+                reasons: vec!["truncated"],
+                carrier: "none",
+            });
+        }
+        match sys::test_run(&self.generation.entry, frame, None) {
+            Ok(run) => {
+                let verdict = Verdict::of(self.hook.family(), run.verdict);
+                let counted = self.counted()?;
+                Ok(self.outcome(verdict, run.frame, &counted, "test_run"))
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.run_on_veth(frame),
+            Err(error) => {
+                Err(error).with_context(|| format!("run a frame of {} bytes", frame.len()))
+            }
+        }
     }
 
-    /// Puts together what the counters tell of the one packet that ran since the last call.
+    /// Sends the frame through a real device of a private namespace, where the chain is attached.
+    fn run_on_veth(&mut self, frame: &[u8]) -> Result<Outcome> {
+        let marker = self.count_of_marker()?;
+        if self.carrier.is_none() {
+            self.carrier = Some(Carrier::new(self.hook, &self.generation)?);
+        }
+        let Some(carrier) = &self.carrier else {
+            bail!("no device to send on");
+        };
+        let seen = carrier.veth.send(self.hook.into(), frame)?;
+        let counted: Vec<Counters> = self
+            .counted()?
+            .iter()
+            .zip(&marker)
+            .map(|(both, marker)| both.since(marker))
+            .collect();
+        let (verdict, left) = match (seen.passed, seen.returned) {
+            (Some(frame), _) => (Verdict::Pass, frame),
+            (None, Some(frame)) => (Verdict::Tx, frame),
+            (None, None) => (Verdict::Drop, frame.to_vec()),
+        };
+        let mut outcome = self.outcome(verdict, left, &counted, "veth");
+        let redirects = |node: &Node| node.policy == "redirect" && node.terminal;
+        let last = outcome.path.last();
+        let last = self.graph.nodes.iter().find(|n| Some(&n.name()) == last);
+        if verdict == Verdict::Drop && last.is_some_and(redirects) && outcome.reasons.is_empty() {
+            outcome.verdict = Verdict::Redirect;
+        }
+        Ok(outcome)
+    }
+
+    /// What the frame that follows ours on the device, to tell a drop, adds to the counters.
+    fn count_of_marker(&mut self) -> Result<Vec<Counters>> {
+        let mut marker = vec![0u8; 60];
+        marker[12..14].copy_from_slice(&veth::MARKER_ETHERTYPE.to_be_bytes());
+        sys::test_run(&self.generation.entry, &marker, None).context("run a marker frame")?;
+        self.counted()
+    }
+
+    /// What was counted since the last call.
+    fn counted(&mut self) -> Result<Vec<Counters>> {
+        let now = counters::read(&self.generation.counters)?;
+        let before = std::mem::replace(&mut self.before, now);
+        Ok(self
+            .before
+            .iter()
+            .zip(&before)
+            .map(|(now, before)| now.since(before))
+            .collect())
+    }
+
+    /// Puts together what the counters tell of one packet.
     fn outcome(
-        &mut self,
+        &self,
         verdict: Verdict,
         frame: Vec<u8>,
+        counted: &[Counters],
         carrier: &'static str,
-    ) -> Result<Outcome> {
-        let now = counters::read(&self.generation.counters)?;
-        let counted: Vec<Counters> = now
-            .iter()
-            .zip(&self.before)
-            .map(|(now, before)| now.since(before))
-            .collect();
-        self.before = now;
+    ) -> Outcome {
         let mut outcome = Outcome {
             verdict,
             frame,
@@ -215,9 +332,9 @@ impl Runner {
                 .extend(count.named_reasons().map(|(name, _)| name));
             outcome.matched |=
                 node.chain == self.chain && node.counts_for_chain && count.packets > 0;
-            at = self.next(node, count, &counted);
+            at = self.next(node, count, counted);
         }
-        Ok(outcome)
+        outcome
     }
 
     /// Where the packet went from a node.
@@ -247,4 +364,38 @@ fn find<'a>(spec: &'a Spec, name: &str) -> Result<&'a Chain, Invalid> {
             format!("a chain of the file: {}", names.join(", ")),
         )
     })
+}
+
+/// Runs the packets of a capture file through a chain; those not dropped go to `output`, with
+/// their timestamps. Calls `each` with the number of the packet (from 1), what it was, and what
+/// became of it.
+///
+/// # Errors
+/// A file that cannot be read or written, or what the kernel says.
+pub fn capture(
+    runner: &mut Runner,
+    input: &Path,
+    output: Option<&Path>,
+    mut each: impl FnMut(u64, &[u8], &Outcome) -> Result<()>,
+) -> Result<()> {
+    let mut reader = Reader::open(input)?;
+    let mut writer = match output {
+        Some(output) => Some(Writer::create(output, &reader)?),
+        None => None,
+    };
+    let mut number = 0;
+    while let Some(packet) = reader.next_packet()? {
+        number += 1;
+        let outcome = runner
+            .run(&packet.frame)
+            .with_context(|| format!("packet {number} of {}", input.display()))?;
+        each(number, &packet.frame, &outcome)?;
+        if let (Some(writer), false) = (&mut writer, outcome.verdict == Verdict::Drop) {
+            writer.write(&packet, &outcome.frame)?;
+        }
+    }
+    match writer {
+        Some(writer) => writer.finish(),
+        None => Ok(()),
+    }
 }

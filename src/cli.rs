@@ -1,0 +1,537 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Commands and their output.
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use policy_chain::engine::apply::{self, Change, Options, Report};
+use policy_chain::engine::generation::CarrierChoice;
+use policy_chain::engine::sets::{self, NamedSet};
+use policy_chain::engine::store::{DEFAULT_FOLDER, Store};
+use policy_chain::engine::view;
+use policy_chain::error::{EXIT_DONE, EXIT_FAILED, Invalid};
+use policy_chain::hook::Hook;
+use policy_chain::policy::{self, Registry};
+use policy_chain::replay::{self, Runner};
+use policy_chain::spec::{self, Chain, Spec, json};
+use policy_chain::testbed::{self, Role, Testbed};
+use policy_chain::{hook, plan};
+use serde_json::Value;
+
+/// Compose packet policies into chains that the kernel runs, on XDP and TC.
+///
+/// A chain file (JSON) says which packets (selectors) and what happens to them (actions).
+/// `check` reads it, `apply` runs it, `list` and `show` tell what runs and what it counted.
+///
+/// Exit codes: 0 done; 1 failed at run time; 2 wrong usage or invalid chain file; 3 not permitted,
+/// or the kernel lacks something.
+#[derive(Parser)]
+#[command(name = "policy-chain", version, max_term_width = 100)]
+pub struct Cli {
+    /// Folder in a bpffs where chains are kept
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_FOLDER)]
+    bpffs: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check chain files without touching anything; needs no privileges
+    ///
+    /// Sets and sub-chains that a file uses must be defined in the files given. Devices need not
+    /// exist.
+    Check {
+        /// Chain files
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+    /// Make what runs what chain files say
+    ///
+    /// Chains named in the files are created or replaced, others stay. New programs are loaded and
+    /// tried beside the running ones; each device and hook then switches in one step. If anything
+    /// fails, all that ran before keeps running.
+    Apply(Apply),
+    /// List the chains that run, in the order packets see them
+    List {
+        /// Those of other network namespaces too
+        #[arg(long)]
+        all_netns: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show one chain: its nodes, what they counted, and why they left packets alone
+    Show {
+        name: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Take chains away
+    Delete {
+        /// Names of chains
+        #[arg(
+            required_unless_present = "all",
+            conflicts_with = "all",
+            value_name = "NAME"
+        )]
+        names: Vec<String>,
+        /// All chains and sets of this network namespace
+        #[arg(long)]
+        all: bool,
+        /// Also a sub-chain that elements of sets name; such packets then pass
+        #[arg(long)]
+        force: bool,
+    },
+    /// Look at and change sets while chains run
+    Set {
+        #[command(subcommand)]
+        command: SetCommand,
+    },
+    /// List the policies, or describe one
+    Policies {
+        name: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Print the JSON Schema of chain files
+    Schema,
+    /// Run the packets of a capture through a chain's real programs; no device is needed
+    ///
+    /// Sets named in the file are empty. With --json, one object a packet.
+    Replay(Replay),
+    /// Make and remove networks of namespaces to try chains on
+    Testbed {
+        #[command(subcommand)]
+        command: TestbedCommand,
+    },
+}
+
+#[derive(Args)]
+struct Apply {
+    /// Chain files
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Load and try everything, print what would change, change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Remove the chains and sets that the files do not name
+    #[arg(long)]
+    prune: bool,
+    /// Where the context of packets lives [default: as before, at first auto]
+    #[arg(long, value_name = "WHERE")]
+    carrier: Option<CarrierArgument>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CarrierArgument {
+    /// In the packet; per CPU on devices that cannot
+    Auto,
+    /// Per CPU
+    Percpu,
+}
+
+impl From<CarrierArgument> for CarrierChoice {
+    fn from(argument: CarrierArgument) -> Self {
+        match argument {
+            CarrierArgument::Auto => CarrierChoice::Auto,
+            CarrierArgument::Percpu => CarrierChoice::PerCpu,
+        }
+    }
+}
+
+#[derive(Args)]
+struct Replay {
+    /// Chain file
+    file: PathBuf,
+    /// The chain to run; the sub-chains it goes to come along
+    #[arg(long, value_name = "NAME")]
+    chain: String,
+    /// Capture to read: pcap or pcapng; Ethernet, raw IP, Linux cooked
+    #[arg(long = "in", value_name = "CAPTURE")]
+    input: PathBuf,
+    /// Capture to write: every packet that was not dropped, as it left
+    #[arg(long = "out", value_name = "CAPTURE")]
+    output_file: Option<PathBuf>,
+    /// xdp, tc-ingress or tc-egress [default: the chain's first, or xdp]
+    #[arg(long, value_parser = parse_hook)]
+    hook: Option<Hook>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Subcommand)]
+enum SetCommand {
+    /// Store elements: member=value,... or JSON; "arg=N" or "chain=NAME" is what actions read
+    Add {
+        set: String,
+        #[arg(required = true, value_name = "ELEMENT")]
+        elements: Vec<String>,
+    },
+    /// Remove elements
+    Del {
+        set: String,
+        #[arg(required = true, value_name = "ELEMENT")]
+        elements: Vec<String>,
+    },
+    /// List the sets, or the elements of one
+    List {
+        set: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Store the elements of a file: a JSON list, or one element a line
+    Load {
+        set: String,
+        /// File, or - for standard input
+        file: PathBuf,
+        /// Then remove the elements the file does not have
+        #[arg(long)]
+        replace: bool,
+    },
+    /// Take a set away that no chain uses
+    Delete { set: String },
+}
+
+#[derive(Subcommand)]
+enum TestbedCommand {
+    /// Make namespaces joined by veth pairs: client and server, with a router between if asked
+    Up {
+        name: String,
+        /// Pairs between them, 1 to 8
+        #[arg(long, default_value_t = 1)]
+        paths: u8,
+        /// Put a router between client and server
+        #[arg(long)]
+        router: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Run a command in one of its namespaces
+    Exec {
+        name: String,
+        /// client, server or router
+        role: String,
+        #[arg(required = true, last = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
+    /// Remove it
+    Down { name: String },
+    /// List the testbeds
+    List {
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+#[derive(Args)]
+struct Output {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_hook(text: &str) -> Result<Hook, String> {
+    text.parse().map_err(|()| {
+        format!(
+            "expected one of {}",
+            Hook::ALL.map(hook::Hook::name).join(", ")
+        )
+    })
+}
+
+/// Runs a command; the result is its exit code.
+///
+/// # Errors
+/// As the command says.
+pub fn run(cli: Cli) -> Result<u8> {
+    let folder = &cli.bpffs;
+    match cli.command {
+        Command::Check { files } => check(&files),
+        Command::Apply(arguments) => apply(folder, &arguments),
+        Command::List { all_netns, output } => list(folder, all_netns, &output),
+        Command::Show { name, output } => show(folder, &name, &output),
+        Command::Delete { names, all, force } => delete(folder, &names, all, force),
+        Command::Set { command } => set(folder, command),
+        Command::Policies { name, output } => policies(name.as_deref(), &output),
+        Command::Schema => print_json(&spec::schema(Registry::embedded()?)),
+        Command::Replay(arguments) => replay(&arguments),
+        Command::Testbed { command } => testbed(command),
+    }
+}
+
+fn check(files: &[PathBuf]) -> Result<u8> {
+    let registry = Registry::embedded()?;
+    let spec = Spec::read(files, registry)?;
+    spec.validate_references(&Default::default(), &Default::default())?;
+    plan::check(&spec, registry)?;
+    let (chains, sets) = (spec.chains.len(), spec.sets.len());
+    print(&format!("ok: {chains} chains, {sets} sets\n"))
+}
+
+fn apply(folder: &Path, arguments: &Apply) -> Result<u8> {
+    let spec = Spec::read(&arguments.files, Registry::embedded()?)?;
+    let store = lock(folder)?;
+    let options = Options {
+        prune: arguments.prune,
+        dry_run: arguments.dry_run,
+        carrier: arguments.carrier.map(CarrierChoice::from),
+    };
+    let report = apply::apply(&store, &spec, options);
+    if report.is_err() || arguments.dry_run {
+        store.remove_if_empty()?;
+    }
+    print_report(&report?, arguments.output.json)
+}
+
+fn delete(folder: &Path, names: &[String], all: bool, force: bool) -> Result<u8> {
+    let store = lock(folder)?;
+    let report = if all {
+        apply::delete_all(&store)
+    } else {
+        apply::delete(&store, names, force)
+    };
+    if report.is_err() {
+        store.remove_if_empty()?;
+    }
+    let mut report = report?;
+    report
+        .chains
+        .retain(|(_, change)| *change == Change::Remove);
+    report
+        .attachments
+        .retain(|(.., change)| *change != Change::Unchanged);
+    print_report(&report, false)
+}
+
+/// Takes the lock. From here on an interrupt waits: a change once begun is brought to its end.
+fn lock(folder: &Path) -> Result<Store> {
+    let store = Store::lock(folder)?;
+    ctrlc::set_handler(|| {
+        // There is nobody left to tell if this fails.
+        drop(writeln!(std::io::stderr(), "finishing the change first"));
+    })
+    .context("handle interrupts")?;
+    Ok(store)
+}
+
+fn print_report(report: &Report, json: bool) -> Result<u8> {
+    if json {
+        return print_json(&report.to_json());
+    }
+    print(&report.to_string())
+}
+
+fn list(folder: &Path, all_netns: bool, output: &Output) -> Result<u8> {
+    let views = view::chains(&Store::open(folder)?, all_netns)?;
+    if output.json {
+        let list: Vec<Value> = views.iter().map(|view| view.to_json().into()).collect();
+        return print_json(&list.into());
+    }
+    print(&view::table(&views))
+}
+
+fn show(folder: &Path, name: &str, output: &Output) -> Result<u8> {
+    let view = view::chain(&Store::open(folder)?, name)?;
+    if output.json {
+        return print_json(&view.to_json_with_nodes());
+    }
+    print(&view.page())
+}
+
+fn set(folder: &Path, command: SetCommand) -> Result<u8> {
+    match command {
+        SetCommand::Add { set, elements } => {
+            let store = Store::open(folder)?;
+            let set = NamedSet::open(&store, &set)?;
+            let items = elements.iter().map(|text| set.parse(text));
+            set.add(&items.collect::<Result<Vec<_>, _>>()?)?;
+            print(&format!("stored {}\n", elements.len()))
+        }
+        SetCommand::Del { set, elements } => {
+            let store = Store::open(folder)?;
+            let set = NamedSet::open(&store, &set)?;
+            let items = elements.iter().map(|text| set.parse(text));
+            let removed = set.delete(&items.collect::<Result<Vec<_>, _>>()?)?;
+            print(&format!("removed {removed} of {}\n", elements.len()))?;
+            Ok(if removed == elements.len() {
+                EXIT_DONE
+            } else {
+                EXIT_FAILED
+            })
+        }
+        SetCommand::List { set, output } => list_set(folder, set.as_deref(), &output),
+        SetCommand::Load { set, file, replace } => {
+            let store = Store::open(folder)?;
+            let set = NamedSet::open(&store, &set)?;
+            let loaded = set.load(&read(&file)?, &file, replace)?;
+            let (stored, removed) = (loaded.stored, loaded.removed);
+            print(&format!("stored {stored}, removed {removed}\n"))
+        }
+        SetCommand::Delete { set } => {
+            let store = lock(folder)?;
+            let deleted = sets::delete(&store, &set);
+            store.remove_if_empty()?;
+            deleted?;
+            print(&format!("removed {set}\n"))
+        }
+    }
+}
+
+fn read(file: &Path) -> Result<String> {
+    if file != Path::new("-") {
+        return json::read_text(file);
+    }
+    let mut text = String::new();
+    let mut input = std::io::stdin().lock();
+    input
+        .read_to_string(&mut text)
+        .context("read standard input")?;
+    Ok(text)
+}
+
+fn list_set(folder: &Path, set: Option<&str>, output: &Output) -> Result<u8> {
+    let store = Store::open(folder)?;
+    let Some(name) = set else {
+        let sets = store.state()?.sets;
+        if output.json {
+            let list: Vec<Value> = sets
+                .iter()
+                .map(|(name, set)| {
+                    serde_json::json!({ "name": name, "kind": set.kind, "size": set.size })
+                })
+                .collect();
+            return print_json(&list.into());
+        }
+        let lines = sets
+            .iter()
+            .map(|(name, set)| format!("{name:<32} {:<10} {:>9}\n", set.kind, set.size));
+        return print(&lines.collect::<String>());
+    };
+    let items = NamedSet::open(&store, name)?.list()?;
+    if output.json {
+        let list: Vec<Value> = items.into_iter().map(Value::Object).collect();
+        return print_json(&list.into());
+    }
+    let lines = items.iter().map(|item| sets::compact(item) + "\n");
+    print(&lines.collect::<String>())
+}
+
+fn policies(name: Option<&str>, output: &Output) -> Result<u8> {
+    let registry = Registry::embedded()?;
+    let Some(name) = name else {
+        if output.json {
+            return print_json(&policy::policies_json(registry));
+        }
+        return print(&policy::policies_table(registry));
+    };
+    let found = registry
+        .policies()
+        .iter()
+        .find(|policy| policy.name == name);
+    let policy = found.ok_or_else(|| {
+        let names = registry
+            .policies()
+            .iter()
+            .map(|policy| policy.name.as_str());
+        let near = policy_chain::error::did_you_mean(name, names);
+        Invalid::new("NAME", format!("\"{name}\"{near}"), "the name of a policy")
+            .advice("see `policy-chain policies`")
+    })?;
+    if output.json {
+        return print_json(&policy::policy_json(policy));
+    }
+    print(&policy::policy_page(policy))
+}
+
+fn replay(arguments: &Replay) -> Result<u8> {
+    let files = std::slice::from_ref(&arguments.file);
+    let spec = Spec::read(files, Registry::embedded()?)?;
+    spec.validate_references(&Default::default(), &Default::default())?;
+    let hook = arguments.hook.unwrap_or_else(|| {
+        let mut chains = spec.chains.iter();
+        let chain = chains.find(|chain| chain.name == arguments.chain);
+        chain.and_then(first_hook).unwrap_or(Hook::Xdp)
+    });
+    let mut runner = Runner::new(&spec, &arguments.chain, hook, CarrierChoice::Auto)?;
+    let mut out = std::io::stdout().lock();
+    let json = arguments.output.json;
+    let output = arguments.output_file.as_deref();
+    replay::capture(
+        &mut runner,
+        &arguments.input,
+        output,
+        |number, input, outcome| {
+            if json {
+                writeln!(out, "{}", outcome.to_json(number, input))?;
+            } else {
+                writeln!(out, "{}", outcome.line(number, input))?;
+            }
+            Ok(())
+        },
+    )?;
+    out.flush()?;
+    Ok(EXIT_DONE)
+}
+
+fn first_hook(chain: &Chain) -> Option<Hook> {
+    chain.attach.first().map(|attach| attach.hook)
+}
+
+fn testbed(command: TestbedCommand) -> Result<u8> {
+    match command {
+        TestbedCommand::Up {
+            name,
+            paths,
+            router,
+            output,
+        } => {
+            let testbed = Testbed::up(&name, &testbed::Options { paths, router })?;
+            if output.json {
+                return print_json(&testbed.describe().to_json());
+            }
+            print(&format!("{}\n", testbed.describe()))
+        }
+        TestbedCommand::Exec {
+            name,
+            role,
+            command,
+        } => {
+            let role: Role = role.parse()?;
+            let status = Testbed::open(&name)?.exec(role, &command)?;
+            let code = status.code().and_then(|code| u8::try_from(code).ok());
+            Ok(code.unwrap_or(EXIT_FAILED))
+        }
+        TestbedCommand::Down { name } => {
+            testbed::down(&name)?;
+            print(&format!("removed {name}\n"))
+        }
+        TestbedCommand::List { output } => {
+            let names = testbed::list()?;
+            if output.json {
+                return print_json(&names.into());
+            }
+            print(
+                &names
+                    .iter()
+                    .map(|name| format!("{name}\n"))
+                    .collect::<String>(),
+            )
+        }
+    }
+}
+
+fn print(text: &str) -> Result<u8> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(EXIT_DONE)
+}
+
+fn print_json(value: &Value) -> Result<u8> {
+    print(&format!("{value:#}\n"))
+}
