@@ -8,7 +8,7 @@ use std::fmt;
 use std::fs;
 use std::hash::{Hash, Hasher};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
@@ -823,12 +823,12 @@ impl Step {
 }
 
 /// Attaches what ran before in its old mode.
-fn reattach(old: &Attachment, entry: &OwnedFd, folder: &PathBuf) -> Result<()> {
+fn reattach(old: &Attachment, entry: &OwnedFd, folder: &Path) -> Result<()> {
     let (hold, _) = old.place.attach(entry, old.record.mode)?;
     hold.pin(&folder.join("link"))
 }
 
-fn unpin_link(folder: &std::path::Path) -> Result<()> {
+fn unpin_link(folder: &Path) -> Result<()> {
     match sys::unpin(&folder.join("link")) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(anyhow!("remove the old link: {error}"))

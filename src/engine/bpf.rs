@@ -2,14 +2,16 @@
 //! The entry programs as skeletons, and the types their BTF shares with user space.
 
 /// Generated from `src/bpf/entry.bpf.c`, compiled for XDP.
-#[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
+#[allow(clippy::all, clippy::undocumented_unsafe_blocks)]
+#[allow(clippy::expect_used, clippy::unwrap_used)]
 #[allow(dead_code, non_snake_case, non_camel_case_types)]
 pub(super) mod xdp {
     include!(concat!(env!("OUT_DIR"), "/entry_xdp.skel.rs"));
 }
 
 /// The same, compiled for TC.
-#[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
+#[allow(clippy::all, clippy::undocumented_unsafe_blocks)]
+#[allow(clippy::expect_used, clippy::unwrap_used)]
 #[allow(dead_code, non_snake_case, non_camel_case_types)]
 pub(super) mod tc {
     include!(concat!(env!("OUT_DIR"), "/entry_tc.skel.rs"));
