@@ -11,6 +11,8 @@
 #define IP_MORE_FRAGMENTS 0x2000
 #define PARSE_MAX_TAGS 2
 #define PARSE_MAX_EXTENSIONS 8
+/* Farthest transport header; with its options it ends before PKT_MAX_OFFSET. */
+#define PARSE_MAX_TRANSPORT 0x1ff
 
 enum ip_protocol {
 	IP_PROTOCOL_ICMP = 1,
@@ -97,10 +99,10 @@ __noinline __u32 ipv6_skip_extensions(hook_ctx *ctx, __u32 offset, __u32 protoco
 		}
 		protocol = header[0];
 		offset += length;
-		if (flags & IPV6_TRANSPORT_LATER_FRAGMENT)
-			return ipv6_transport_pack(offset & PKT_MAX_OFFSET, protocol, flags);
-		if (offset > PKT_MAX_OFFSET)
+		if (offset > PARSE_MAX_TRANSPORT)
 			return ipv6_transport_pack(0, protocol, IPV6_TRANSPORT_TOO_MANY);
+		if (flags & IPV6_TRANSPORT_LATER_FRAGMENT)
+			return ipv6_transport_pack(offset, protocol, flags);
 	}
 	return ipv6_transport_pack(0, protocol, IPV6_TRANSPORT_TOO_MANY);
 }
@@ -153,7 +155,7 @@ static __always_inline enum reason parse_ipv6(hook_ctx *ctx, struct headers *at)
 		return REASON_TRUNCATED;
 	if (found & IPV6_TRANSPORT_TOO_MANY)
 		return REASON_EXTENSION_HEADERS;
-	at->transport = found >> 16 & PKT_MAX_OFFSET;
+	at->transport = found >> 16 & PARSE_MAX_TRANSPORT;
 	at->protocol = found >> 8 & 0xff;
 	at->later_fragment = found & IPV6_TRANSPORT_LATER_FRAGMENT;
 	at->fragmented = found & IPV6_TRANSPORT_FRAGMENTED;

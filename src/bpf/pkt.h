@@ -17,8 +17,8 @@
 #define ETH_P_8021Q 0x8100
 #define ETH_P_8021AD 0x88a8
 
-/* Headers we look at end before this offset; it bounds every variable offset. */
-#define PKT_MAX_OFFSET 0x1ff
+/* Bounds every variable offset, for the verifier: parsing stops well before it. */
+#define PKT_MAX_OFFSET 0x3ff
 /* Link, two tags, IP and TCP headers at their longest. */
 #define PKT_MAX_HEADERS (ETH_HLEN + 8 + 60 + 60)
 

@@ -23,7 +23,7 @@ use crate::hook::{Family, Hook};
 use crate::netns;
 use crate::plan::{self, Graph};
 use crate::policy::Registry;
-use crate::spec::{Attach, Chain, Keys, Mode, SetSpec, Spec};
+use crate::spec::{Attach, Chain, Keys, Mode, SetSpec, Spec, Then};
 
 /// How `apply` goes about it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -116,8 +116,8 @@ impl fmt::Display for Report {
 pub fn apply(store: &Store, files: &Spec, options: Options) -> Result<Report> {
     let current = Current::read(store)?;
     let mut desired = Desired::merge(&current, files, options.prune)?;
-    desired.check()?;
     desired.add_places(files)?;
+    desired.check()?;
     desired.drop_unused_ids(store, &current.state)?;
     Transaction::new(store, current, desired, options.carrier)?.run(options.dry_run)
 }
@@ -314,15 +314,24 @@ impl Desired {
         attached.chain(&self.subs)
     }
 
-    /// Checks the names of sets and chains that chains use, those of the files and those kept.
-    fn check(&self) -> Result<(), Invalid> {
-        let known = self.subs.iter().map(|chain| chain.name.clone()).collect();
+    /// Refuses to take a sub-chain from under a chain that goes to it.
+    fn check(&self) -> Result<(), Refused> {
+        let subs: BTreeSet<&str> = self.subs.iter().map(|chain| chain.name.as_str()).collect();
         for chain in self.chains() {
-            let alone = Spec {
-                sets: BTreeMap::new(),
-                chains: vec![chain.clone()],
+            let then = match &chain.then {
+                Then::Goto(target) => Some(target),
+                _ => None,
             };
-            alone.validate_references(&self.sets, &known)?;
+            let actions = chain.actions.iter().flat_map(|action| &action.references);
+            let selectors = chain.selectors.iter().flat_map(|s| &s.references);
+            let named = actions.chain(selectors).map(|reference| &reference.chain);
+            if let Some(gone) = named.chain(then).find(|name| !subs.contains(name.as_str())) {
+                return Err(Refused::state(
+                    format!("the chain {gone} is in use"),
+                    format!("the chain {} goes to it", chain.name),
+                    format!("first delete {}, or apply it without this goto", chain.name),
+                ));
+            }
         }
         Ok(())
     }
@@ -388,6 +397,8 @@ fn refuse_other_shape(name: &str, existing: &SetSpec, set: &SetSpec) -> Result<(
 /// One attachment on its way.
 struct Step {
     target: Target,
+    /// The mode it is or will be attached in; `auto` until that is known.
+    mode: Mode,
     change: Change,
     carrier: CarrierChoice,
     graph: Graph,
@@ -506,8 +517,13 @@ impl<'a> Transaction<'a> {
                 }
                 Some(_) => Change::Replace,
             };
+            let mode = match &old {
+                Some(old) if target.mode == Mode::Auto => old.record.mode,
+                _ => target.mode,
+            };
             steps.push(Step {
                 target,
+                mode,
                 change,
                 carrier,
                 graph,
@@ -524,6 +540,7 @@ impl<'a> Transaction<'a> {
                     mode: old.record.mode,
                     chains: Vec::new(),
                 },
+                mode: old.record.mode,
                 change: Change::Remove,
                 carrier: CarrierChoice::Auto,
                 graph: Graph::empty(),
@@ -614,9 +631,8 @@ impl<'a> Transaction<'a> {
     }
 
     fn run(mut self, dry_run: bool) -> Result<Report> {
-        let report = self.report();
         if dry_run {
-            return Ok(report);
+            return Ok(self.report());
         }
         if let Err(error) = self.commit() {
             return Err(match self.go_back() {
@@ -625,7 +641,7 @@ impl<'a> Transaction<'a> {
             });
         }
         self.finish()?;
-        Ok(report)
+        Ok(self.report())
     }
 
     fn commit(&mut self) -> Result<()> {
@@ -716,11 +732,7 @@ impl<'a> Transaction<'a> {
                 .iter()
                 .map(|step| {
                     let place = &step.target.place;
-                    let mode = match &step.old {
-                        Some(old) if step.target.mode == Mode::Auto => old.record.mode,
-                        _ => step.target.mode,
-                    };
-                    (place.device.clone(), place.hook, mode, step.change)
+                    (place.device.clone(), place.hook, step.mode, step.change)
                 })
                 .collect(),
         }
@@ -765,6 +777,7 @@ impl Step {
             unpin_link(&folder)?;
         }
         let (hold, mode) = place.attach(&generation.entry, self.target.mode)?;
+        self.mode = mode;
         let qdisc_is_ours = matches!(
             hold,
             Hold::Clsact {

@@ -12,6 +12,7 @@ use libbpf_rs::{MapCore, MapType, ObjectBuilder};
 
 use super::bpf::types::{self, node_config, node_flags};
 use super::bpf::{self, CONTEXT_SIZE, STATS_SIZE};
+use super::kernel;
 use super::sets;
 use super::sys;
 use crate::error::Refused;
@@ -81,6 +82,7 @@ pub struct Generation {
 /// # Errors
 /// What the kernel refuses, with the node and the end of the verifier's log.
 pub fn load(graph: &Graph, environment: &Environment<'_>) -> Result<Generation> {
+    kernel::require()?;
     let count = u32::try_from(graph.nodes.len()).context("too many nodes")?;
     let heads = graph.heads.keys().max().map_or(1, |id| id + 1);
     let shared = Shared {

@@ -6,6 +6,7 @@ pub mod attach;
 pub mod bpf;
 pub mod counters;
 pub mod generation;
+pub mod kernel;
 pub mod names;
 pub mod sets;
 pub mod store;
