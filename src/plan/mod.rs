@@ -5,6 +5,8 @@
 //! verdict; a verdict is never a node. The graph has no cycles: sub-chains do not come back.
 
 mod paths;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
@@ -13,7 +15,7 @@ use serde_json::{Map, Value};
 use crate::error::Invalid;
 use crate::hook::Hook;
 use crate::policy::{Kind, Policy, Registry};
-use crate::spec::{Action, Chain, Keys, OnError, Origin, Selector, Spec, Then};
+use crate::spec::{Action, Chain, Keys, OnError, Origin, Spec, Then};
 
 /// Tail calls a packet can make in the kernel, those that miss included.
 pub const MAX_TAIL_CALLS: usize = 33;
@@ -231,50 +233,55 @@ impl Planner<'_> {
         for alternative in chain.alternatives().into_iter().rev() {
             let mut next = matched;
             for (at, selector) in alternative.iter().enumerate().rev() {
+                self.supported(
+                    self.registry.selector(&selector.policy),
+                    &selector.policy,
+                    &selector.origin,
+                )?;
                 ordinal -= 1;
-                let argument = match reads {
-                    true if selector.keys != Keys::None && !selector.negate => ArgumentUse::Store,
-                    true if at == 0 => ArgumentUse::Clear,
-                    _ => ArgumentUse::Leave,
-                };
-                let last = at + 1 == alternative.len();
-                next = self.selector(chain, selector, ordinal, next, missed, argument, last)?;
+                next = self.add(Node {
+                    next,
+                    otherwise: missed,
+                    negate: selector.negate,
+                    keys: selector.keys.clone(),
+                    set_kind: selector.kind.clone(),
+                    params: selector.params.clone(),
+                    argument: match reads {
+                        true if selector.keys != Keys::None && !selector.negate => {
+                            ArgumentUse::Store
+                        }
+                        true if at == 0 => ArgumentUse::Clear,
+                        _ => ArgumentUse::Leave,
+                    },
+                    counts_for_chain: at + 1 == alternative.len(),
+                    origin: selector.origin.clone(),
+                    ..self.node(chain, ordinal, Kind::Selector, &selector.policy)
+                });
             }
             missed = next;
         }
         Ok(missed)
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn selector(
-        &mut self,
-        chain: &Chain,
-        selector: &Selector,
-        ordinal: usize,
-        next: Successor,
-        otherwise: Successor,
-        argument: ArgumentUse,
-        counts_for_chain: bool,
-    ) -> Result<Successor, Invalid> {
-        let policy = self.registry.selector(&selector.policy);
-        self.supported(policy, &selector.policy, &selector.origin)?;
-        Ok(self.add(Node {
+    /// A node that does nothing yet.
+    fn node(&self, chain: &Chain, ordinal: usize, kind: Kind, policy: &str) -> Node {
+        Node {
             chain: chain.name.clone(),
-            chain_id: self.id(&chain.name),
+            chain_id: self.ids.get(&chain.name).copied().unwrap_or_default(),
             ordinal,
-            policy: selector.policy.clone(),
-            kind: Kind::Selector,
-            next,
-            otherwise,
-            negate: selector.negate,
-            keys: selector.keys.clone(),
-            set_kind: selector.kind.clone(),
-            params: selector.params.clone(),
-            argument,
+            policy: policy.to_owned(),
+            kind,
+            next: Successor::Pass,
+            otherwise: Successor::Pass,
+            negate: false,
+            keys: Keys::None,
+            set_kind: None,
+            params: Map::new(),
+            argument: ArgumentUse::Leave,
             terminal: false,
-            counts_for_chain,
-            origin: selector.origin.clone(),
-        }))
+            counts_for_chain: false,
+            origin: chain.origin.clone(),
+        }
     }
 
     fn actions(&mut self, chain: &Chain, then: Successor) -> Result<Successor, Invalid> {
@@ -297,25 +304,22 @@ impl Planner<'_> {
                 .supported(policy, &action.policy, &action.origin)?
                 .terminal;
             let mut node = Node {
-                chain: chain.name.clone(),
-                chain_id: self.id(&chain.name),
-                ordinal: chain.selectors.len() + at,
-                policy: action.policy.clone(),
-                kind: Kind::Action,
                 next,
                 otherwise: match action.on_error {
                     OnError::Continue => next,
                     OnError::Pass => Successor::Pass,
                     OnError::Drop => Successor::Drop,
                 },
-                negate: false,
-                keys: Keys::None,
-                set_kind: None,
                 params: action.params.clone(),
-                argument: ArgumentUse::Leave,
                 terminal,
                 counts_for_chain: chain.selectors.is_empty() && at == 0,
                 origin: action.origin.clone(),
+                ..self.node(
+                    chain,
+                    chain.selectors.len() + at,
+                    Kind::Action,
+                    &action.policy,
+                )
             };
             if let Some(target) = node.goto_target() {
                 node.next = self.sub_chain(target, &action.origin)?;
@@ -375,10 +379,6 @@ impl Planner<'_> {
                 format!("one of the hooks {name} has: {}", policy.hooks.join(", ")),
             )
             .advice("attach the chain to another hook, or use another policy"))
-    }
-
-    fn id(&self, chain: &str) -> u32 {
-        self.ids.get(chain).copied().unwrap_or_default()
     }
 
     fn add(&mut self, node: Node) -> Successor {
