@@ -21,13 +21,17 @@ const volatile struct shared_types shared_types;
 SEC(HOOK_SECTION)
 int pc_entry(hook_ctx *ctx)
 {
-	enum reason reason = context_open(ctx, node.carrier);
+	struct node_stats *stats = node_stats();
+	enum reason reason;
 
+	if (!stats)
+		return HOOK_PASS;
+	stats->seen++;
+	count_packet(ctx, stats);
+	reason = context_open(ctx, node.carrier);
 	if (reason)
-		count_reason(reason);
-	count_seen();
-	count_packet(ctx);
-	return node_next(ctx);
+		count_reason(stats, reason);
+	return node_next(ctx, stats);
 }
 
 /*

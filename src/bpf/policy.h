@@ -116,34 +116,35 @@ static __always_inline void argument_store(hook_ctx *ctx, const struct found *fo
 	context_write(ctx, node.carrier, &context);
 }
 
-static __always_inline int selector_finish(hook_ctx *ctx, enum outcome outcome,
-					   const struct found *found)
+static __always_inline int selector_finish(hook_ctx *ctx, struct node_stats *stats,
+					   enum outcome outcome, const struct found *found)
 {
 	bool matched = outcome == MATCH;
 
 	if (node.flags & NODE_NEGATE)
 		matched = outcome == MISS;
 	if (outcome < 0)
-		count_reason(-outcome);
+		count_reason(stats, -outcome);
 	if (!matched)
-		return node_otherwise(ctx);
-	count_packet(ctx);
+		return node_otherwise(ctx, stats);
+	count_packet(ctx, stats);
 	if (node.flags & (NODE_STORE_ARGUMENT | NODE_CLEAR_ARGUMENT))
 		argument_store(ctx, found);
-	return node_next(ctx);
+	return node_next(ctx, stats);
 }
 
-static __always_inline int action_finish(hook_ctx *ctx, enum outcome outcome)
+static __always_inline int action_finish(hook_ctx *ctx, struct node_stats *stats,
+					 enum outcome outcome)
 {
 	if (outcome < 0) {
-		count_reason(-outcome);
+		count_reason(stats, -outcome);
 		if (outcome == SKIP(REASON_HALF_DONE))
 			return node_end(ctx, HOOK_DROP);
-		return node_otherwise(ctx);
+		return node_otherwise(ctx, stats);
 	}
 	if (outcome & OUTCOME_VERDICT)
 		return node_end(ctx, (__s8)outcome);
-	return node_next(ctx);
+	return node_next(ctx, stats);
 }
 
 /* Tags of a policy behind its doc: what is not so for most. */
@@ -155,10 +156,13 @@ static __always_inline int action_finish(hook_ctx *ctx, enum outcome outcome)
 	__tag("selector") __doc(text) __VA_ARGS__ SEC(HOOK_SECTION)                        \
 	int pc_##name(hook_ctx *ctx)                                                       \
 	{                                                                                  \
+		struct node_stats *stats = node_stats();                                   \
 		struct found found = {};                                                   \
                                                                                            \
-		count_seen();                                                              \
-		return selector_finish(ctx, name##_body(ctx, &found), &found);             \
+		if (!stats)                                                                \
+			return HOOK_PASS;                                                  \
+		stats->seen++;                                                             \
+		return selector_finish(ctx, stats, name##_body(ctx, &found), &found);      \
 	}                                                                                  \
 	static __always_inline enum outcome name##_body(hook_ctx *ctx, struct found *found)
 
@@ -168,14 +172,17 @@ static __always_inline int action_finish(hook_ctx *ctx, enum outcome outcome)
 	__tag("action") __doc(text) __VA_ARGS__ SEC(HOOK_SECTION)                          \
 	int pc_##name(hook_ctx *ctx)                                                       \
 	{                                                                                  \
+		struct node_stats *stats = node_stats();                                   \
 		struct argument argument = {};                                             \
 		enum reason reason;                                                        \
                                                                                            \
-		count_seen();                                                              \
-		count_packet(ctx);                                                         \
+		if (!stats)                                                                \
+			return HOOK_PASS;                                                  \
+		stats->seen++;                                                             \
+		count_packet(ctx, stats);                                                  \
 		reason = argument_load(ctx, &argument);                                    \
-		return action_finish(ctx, reason ? SKIP(reason) :                          \
-						   name##_body(ctx, argument));            \
+		return action_finish(ctx, stats,                                           \
+				     reason ? SKIP(reason) : name##_body(ctx, argument));  \
 	}                                                                                  \
 	static __always_inline enum outcome name##_body(hook_ctx *ctx,                     \
 							struct argument argument)
