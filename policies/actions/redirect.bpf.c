@@ -11,13 +11,16 @@ struct params {
 };
 PARAMS;
 
-ACTION(redirect, "send the packet out of another device", TERMINAL)
+ACTION(redirect, "send the packet out of another device; not from one without a link header",
+       TERMINAL)
 {
 	struct link_addresses link = { .source = params.src_mac, .destination = params.dst_mac };
 	struct headers at = {};
 	enum reason reason;
 	int verdict;
 
+	if (node.flags & NODE_NO_LINK)
+		return SKIP(REASON_NO_LINK_HEADER);
 	if (params.neighbour) {
 		reason = parse_ip(ctx, &at);
 		if (!reason)

@@ -653,9 +653,10 @@ impl<'a> Transaction<'a> {
             subs: self.desired.subs.clone(),
             sets: self.desired.sets.clone(),
         })?;
+        let mut our_qdiscs = self.our_qdiscs();
         for step in &mut self.steps {
             if step.new.is_some() {
-                step.commit(self.store)?;
+                step.commit(self.store, &mut our_qdiscs)?;
             }
         }
         for step in &mut self.steps {
@@ -664,6 +665,14 @@ impl<'a> Transaction<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Devices whose clsact qdisc we made: whichever of our filters goes last removes it.
+    fn our_qdiscs(&self) -> BTreeSet<u32> {
+        let old = self.steps.iter().filter_map(|step| step.old.as_ref());
+        old.filter(|old| old.record.qdisc_is_ours)
+            .map(|old| old.place.ifindex)
+            .collect()
     }
 
     /// Undoes a commit that failed: the old generations are all still loaded.
@@ -684,6 +693,13 @@ impl<'a> Transaction<'a> {
 
     /// Removes what is no longer used.
     fn finish(&mut self) -> Result<()> {
+        if self
+            .steps
+            .iter()
+            .any(|step| step.change != Change::Unchanged)
+        {
+            sys::wait_rcu().context("wait for packets in flight")?;
+        }
         for step in &self.steps {
             if step.change == Change::Remove {
                 if let Some(old) = &step.old {
@@ -741,7 +757,7 @@ impl<'a> Transaction<'a> {
 
 impl Step {
     /// Pins the new generation and makes it the one that runs.
-    fn commit(&mut self, store: &Store) -> Result<()> {
+    fn commit(&mut self, store: &Store, our_qdiscs: &mut BTreeSet<u32>) -> Result<()> {
         let Some(generation) = &self.new else {
             return Ok(());
         };
@@ -778,12 +794,10 @@ impl Step {
         }
         let (hold, mode) = place.attach(&generation.entry, self.target.mode)?;
         self.mode = mode;
-        let qdisc_is_ours = matches!(
-            hold,
-            Hold::Clsact {
-                qdisc_is_ours: true
-            }
-        );
+        if matches!(hold, Hold::Clsact { qdisc_is_ours } if qdisc_is_ours) {
+            our_qdiscs.insert(place.ifindex);
+        }
+        let qdisc_is_ours = mode == Mode::Clsact && our_qdiscs.contains(&place.ifindex);
         let record = record(mode, qdisc_is_ours);
         let pinned = store
             .pin_generation(&folder, number, generation, &record)

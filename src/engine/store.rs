@@ -328,18 +328,29 @@ impl Store {
     fn clean_up(&self) -> Result<()> {
         remove_pin(&self.folder.join("state_new"))?;
         let here = netns::current_id()?;
+        let mut dead = Vec::new();
+        let mut unsettled = Vec::new();
         for folder in self.attachment_folders()? {
             match self.attachment(&folder)? {
-                Some(attachment) => self.settle(&attachment)?,
+                Some(attachment) if generations(&folder)?.len() > 1 => unsettled.push(attachment),
+                Some(_) => {}
                 None if address(&folder).is_some_and(|(netns, ..)| netns == here)
                     || link_is_dead(&folder) =>
                 {
-                    remove_attachment(&folder)?;
+                    dead.push(folder);
                 }
                 None => {}
             }
         }
-        Ok(())
+        if dead.is_empty() && unsettled.is_empty() {
+            return Ok(());
+        }
+        sys::wait_rcu().context("wait for packets in flight")?;
+        dead.iter()
+            .try_for_each(|folder| remove_attachment(folder))?;
+        unsettled
+            .iter()
+            .try_for_each(|attachment| self.settle(attachment))
     }
 
     /// Folds the counters of an attachment's earlier generations into its live one and removes
@@ -356,7 +367,6 @@ impl Store {
         if others.is_empty() {
             return Ok(());
         }
-        sys::wait_rcu().context("wait for packets in flight")?;
         let base = live.join("base");
         // The pin is the mark that the fold is done: it is made when the totals are complete.
         if !base.exists() {
@@ -583,17 +593,13 @@ fn read_totals(generation: &Path) -> Result<Vec<Counters>> {
     Ok(totals)
 }
 
-/// Removes an attachment's folder; it must be detached.
+/// Removes an attachment's folder; it must be detached, and no packet run in it any more.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn remove_attachment(folder: &Path) -> Result<()> {
     remove_pin(&folder.join("link"))?;
-    let generations = generations(folder)?;
-    if !generations.is_empty() {
-        sys::wait_rcu().context("wait for packets in flight")?;
-    }
-    for (_, generation) in generations {
+    for (_, generation) in generations(folder)? {
         remove_generation(&generation)?;
     }
     fs::remove_dir(folder).with_context(|| format!("remove {}", folder.display()))
