@@ -267,7 +267,6 @@ struct Tags<'a> {
     default: Option<&'a str>,
     range: Option<(u64, u64)>,
     flags: bool,
-    enumeration: Option<&'a str>,
 }
 
 struct Reader<'a> {
@@ -538,31 +537,11 @@ impl<'a> Reader<'a> {
     }
 
     fn field_type(&self, ty: BtfType<'a>, tags: &Tags<'_>) -> Result<FieldType> {
-        let ty = self.named_type(ty)?;
-        match (ty, tags.enumeration) {
-            (ty, None) => match ty {
-                FieldType::Enum { size, names, .. } => Ok(FieldType::Enum {
-                    size,
-                    flags: tags.flags,
-                    names,
-                }),
-                other => Ok(other),
-            },
-            (
-                FieldType::Unsigned {
-                    size,
-                    big_endian: false,
-                },
-                Some(name),
-            ) => Ok(FieldType::Enum {
-                size,
-                flags: tags.flags,
-                names: self.enumerators_fitting(name, size)?,
-            }),
-            (_, Some(_)) => {
-                bail!("tag \"enum:\" needs a member of type __u8, __u16, __u32 or __u64")
-            }
+        let mut ty = self.named_type(ty)?;
+        if let FieldType::Enum { flags, .. } = &mut ty {
+            *flags = tags.flags;
         }
+        Ok(ty)
     }
 
     /// The type a typedef of the vocabulary, a `bool` or an enum stands for.
@@ -602,28 +581,6 @@ impl<'a> Reader<'a> {
             "has type `{}`, which JSON cannot describe; known types: {VOCABULARY}",
             name_of(&start).unwrap_or("(unnamed)")
         )
-    }
-
-    fn enumerators_fitting(&self, name: &str, size: usize) -> Result<Vec<(String, u64)>> {
-        let ty = self
-            .btf
-            .type_by_kind::<BtfType<'a>>()
-            .find(|ty| ty.is_any_enum() && name_of(ty) == Some(name))
-            .with_context(|| {
-                format!(
-                    "enum {name} is not in the object's BTF, for no variable has that type: \
-                     declare `const volatile enum {name} keep_{name};`"
-                )
-            })?;
-        let values = enum_values(ty)?.map(|(_, values)| values);
-        let names = enumerators(name, values.unwrap_or_default())?;
-        for (name, value) in &names {
-            ensure!(
-                *value <= max_of(size),
-                "enumerator `{name}` = {value} does not fit {size} bytes"
-            );
-        }
-        Ok(names)
     }
 }
 
@@ -781,10 +738,9 @@ fn member_tags<'a>(tags: &[&'a str]) -> Result<Tags<'a>> {
             Some(("doc", text)) => found.doc = Some(text.trim()).filter(|text| !text.is_empty()),
             Some(("default", text)) => found.default = Some(text),
             Some(("range", text)) => found.range = Some(range(text)?),
-            Some(("enum", name)) => found.enumeration = Some(name),
             None if *tag == "required" => found.required = true,
             None if *tag == "flags" => found.flags = true,
-            _ => bail!("unknown tag \"{tag}\"; known: doc: required default: range: flags enum:"),
+            _ => bail!("unknown tag \"{tag}\"; known: doc: required default: range: flags"),
         }
     }
     Ok(found)
@@ -824,7 +780,7 @@ fn check_tags(ty: &FieldType, is_array: bool, tags: &Tags<'_>) -> Result<()> {
     if tags.flags {
         ensure!(
             matches!(ty, FieldType::Enum { .. }),
-            "tag \"flags\" needs an enum, or an integer with a tag \"enum:NAME\""
+            "tag \"flags\" needs an enum"
         );
         ensure!(!is_array, "tag \"flags\" cannot stand on an array");
     }

@@ -65,9 +65,9 @@ pub fn compile_alone(source: &str) -> Vec<u8> {
 pub const EVERYTHING: &str = r#"
 enum option_kind { OPTION_KIND_NONE = 0, OPTION_KIND_MSS = 2, OPTION_KIND_MPTCP = 30,
         __OPTION_KIND_MAX };
-enum tcp_flag { TCP_FLAG_FIN = 1, TCP_FLAG_SYN = 2, TCP_FLAG_RST = 4, TCP_FLAG_ACK = 16 };
+enum tcp_flag { TCP_FLAG_FIN = 1, TCP_FLAG_SYN = 2, TCP_FLAG_RST = 4, TCP_FLAG_ACK = 16 }
+        __attribute__((packed));
 enum mode { MODE_FAST, MODE_SLOW } __attribute__((packed));
-const volatile enum tcp_flag keep_tcp_flag;
 
 struct params {
         __be16 window DOC("receive window") TAG("required");
@@ -79,7 +79,7 @@ struct params {
         __be32 token DOC("a token");
         __be64 key64 DOC("a key");
         enum option_kind kind DOC("option to look for") TAG("range:0..255");
-        __u8 flags_set DOC("flags that must be set") TAG("enum:tcp_flag") TAG("flags");
+        enum tcp_flag flags_set DOC("flags that must be set") TAG("flags");
         enum mode mode DOC("pace");
         __u16 port_count DOC("a number");
         ip_t local DOC("local address");
