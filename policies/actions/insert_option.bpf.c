@@ -29,7 +29,7 @@ ACTION(insert_option,
 	present = tcp_options_marked(ctx, &segment, PARAM(kind), MPTCP_SUBTYPE_ANY);
 	if (present & OPTIONS_MALFORMED)
 		return SKIP(REASON_BAD_OPTION);
-	if (present && !params.again)
+	if (present && !PARAM(again))
 		return SKIP(REASON_OPTION_PRESENT);
 	scratch->insert[0] = PARAM(kind);
 	scratch->insert[1] = 2 + params.data_len;

@@ -21,7 +21,7 @@ ACTION(redirect, "send the packet out of another device; not from one without a 
 
 	if (node.flags & NODE_NO_LINK)
 		return SKIP(REASON_NO_LINK_HEADER);
-	if (params.neighbour) {
+	if (PARAM(neighbour)) {
 		reason = parse_ip(ctx, &at);
 		if (!reason)
 			reason = ttl_check(ctx, &at);
@@ -36,7 +36,7 @@ ACTION(redirect, "send the packet out of another device; not from one without a 
 	reason = link_write(ctx, &link);
 	if (reason)
 		return SKIP(reason);
-	if (params.neighbour && ttl_decrement(ctx, &at))
+	if (PARAM(neighbour) && ttl_decrement(ctx, &at))
 		return SKIP(REASON_HALF_DONE);
 	return VERDICT(verdict);
 }

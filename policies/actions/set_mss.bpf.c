@@ -52,7 +52,7 @@ ACTION(set_mss, "rewrite the MSS option of SYN segments")
 	if (!field)
 		return SKIP(REASON_TRUNCATED);
 	__builtin_memcpy(&present, field, sizeof(present));
-	if (params.mode == MSS_MODE_CLAMP && bpf_ntohs(present) <= wanted)
+	if (PARAM(mode) == MSS_MODE_CLAMP && bpf_ntohs(present) <= wanted)
 		return SKIP(REASON_NOT_LOWER);
 	return done_or_skip(tcp_store16(ctx, &segment, offset, bpf_htons(wanted)));
 }

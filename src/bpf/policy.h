@@ -63,7 +63,8 @@ struct argument {
 
 /*
  * The value of a scalar parameter: the constant of the chain file, or the element's
- * argument where the chain says {"from": "element"}.
+ * argument where the chain says {"from": "element"}. An action reads its scalars in no other
+ * way: user space lets each of them come from an element.
  */
 #define PARAM(name)                                                                        \
 	((typeof(params.name))(node.argument_at == 1 + offsetof(struct params, name) ?     \
