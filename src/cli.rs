@@ -2,8 +2,9 @@
 //! Commands and their output.
 
 use std::ffi::OsString;
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -235,6 +236,9 @@ struct Output {
     json: bool,
 }
 
+/// How long a command works without a word.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 fn parse_hook(text: &str) -> Result<Hook, String> {
     text.parse().map_err(|()| {
         format!(
@@ -276,10 +280,21 @@ fn check(files: &[PathBuf]) -> Result<u8> {
 fn apply(folder: &Path, arguments: &Apply) -> Result<u8> {
     let spec = Spec::read(&arguments.files, Registry::embedded()?)?;
     let store = lock(folder)?;
+    let start = Instant::now();
+    let progress = |loaded: usize, all: usize| {
+        if start.elapsed() > PATIENCE && std::io::stderr().is_terminal() {
+            // There is nobody left to tell if this fails.
+            drop(writeln!(
+                std::io::stderr(),
+                "loaded {loaded} of {all} nodes"
+            ));
+        }
+    };
     let options = Options {
         prune: arguments.prune,
         dry_run: arguments.dry_run,
         carrier: arguments.carrier.map(CarrierChoice::from),
+        progress: Some(&progress),
     };
     let report = apply::apply(&store, &spec, options);
     if report.is_err() || arguments.dry_run {

@@ -26,14 +26,16 @@ use crate::policy::Registry;
 use crate::spec::{Attach, Chain, Keys, Mode, SetSpec, Spec, Then};
 
 /// How `apply` goes about it.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Options {
+#[derive(Clone, Copy, Default)]
+pub struct Options<'a> {
     /// Remove the chains and sets the files do not name.
     pub prune: bool,
     /// Build and try everything, then change nothing.
     pub dry_run: bool,
     /// `None`: as before, for what runs already.
     pub carrier: Option<CarrierChoice>,
+    /// Told how many nodes are loaded, and of how many.
+    pub progress: Option<&'a dyn Fn(usize, usize)>,
 }
 
 /// What happens to a chain or a set.
@@ -113,13 +115,13 @@ impl fmt::Display for Report {
 ///
 /// # Errors
 /// [`Invalid`] or [`Refused`], with what was wrong; then nothing has changed.
-pub fn apply(store: &Store, files: &Spec, options: Options) -> Result<Report> {
+pub fn apply(store: &Store, files: &Spec, options: Options<'_>) -> Result<Report> {
     let current = Current::read(store)?;
     let mut desired = Desired::merge(&current, files, options.prune)?;
     desired.add_places(files)?;
     desired.check()?;
     desired.drop_unused_ids(store, &current.state)?;
-    Transaction::new(store, current, desired, options.carrier)?.run(options.dry_run)
+    Transaction::new(store, current, desired, options)?.run(options.dry_run)
 }
 
 /// Removes chains by name.
@@ -150,7 +152,7 @@ pub fn delete(store: &Store, names: &[String], force: bool) -> Result<Report> {
     let mut desired = Desired::keep(&current, |name| !names.iter().any(|gone| gone == name));
     desired.check()?;
     desired.drop_unused_ids(store, &current.state)?;
-    Transaction::new(store, current, desired, None)?.run(false)
+    Transaction::new(store, current, desired, Options::default())?.run(false)
 }
 
 /// Removes every chain and set, those attached in other network namespaces too if they can be
@@ -161,7 +163,7 @@ pub fn delete(store: &Store, names: &[String], force: bool) -> Result<Report> {
 pub fn delete_all(store: &Store) -> Result<Report> {
     let current = Current::read(store)?;
     let desired = Desired::default();
-    let report = Transaction::new(store, current, desired, None)?.run(false)?;
+    let report = Transaction::new(store, current, desired, Options::default())?.run(false)?;
     store.remove_if_empty()?;
     Ok(report)
 }
@@ -426,7 +428,7 @@ struct Transaction<'a> {
     steps: Vec<Step>,
     /// Sets that are new.
     new_sets: BTreeMap<String, OwnedFd>,
-    carrier: Option<CarrierChoice>,
+    options: Options<'a>,
 }
 
 impl<'a> Transaction<'a> {
@@ -435,7 +437,7 @@ impl<'a> Transaction<'a> {
         store: &'a Store,
         mut current: Current,
         mut desired: Desired,
-        carrier: Option<CarrierChoice>,
+        options: Options<'a>,
     ) -> Result<Transaction<'a>> {
         let targets = std::mem::take(&mut desired.targets);
         let attachments = std::mem::take(&mut current.attachments);
@@ -448,7 +450,7 @@ impl<'a> Transaction<'a> {
             desired,
             steps: Vec::new(),
             new_sets: BTreeMap::new(),
-            carrier,
+            options,
         };
         change.make_sets()?;
         change.plan(targets, attachments)?;
@@ -504,7 +506,10 @@ impl<'a> Transaction<'a> {
                 &self.desired.ids,
                 self.store.registry(),
             )?;
-            let carrier = self.carrier.unwrap_or_else(|| carrier_of(old.as_ref()));
+            let carrier = self
+                .options
+                .carrier
+                .unwrap_or_else(|| carrier_of(old.as_ref()));
             let made_from = self.made_from(&target, &graph, &subs, carrier)?;
             let change = match &old {
                 _ if target.chains.is_empty() => Change::Remove,
@@ -596,9 +601,15 @@ impl<'a> Transaction<'a> {
 
     fn load(&mut self) -> Result<()> {
         let mut steps = std::mem::take(&mut self.steps);
-        for step in &mut steps {
-            if matches!(step.change, Change::Create | Change::Replace) {
-                step.new = Some(self.load_one(step)?);
+        let changes = |step: &Step| matches!(step.change, Change::Create | Change::Replace);
+        let changing = steps.iter().filter(|step| changes(step));
+        let all = changing.map(|step| step.graph.nodes.len()).sum();
+        let mut loaded = 0;
+        for step in steps.iter_mut().filter(|step| changes(step)) {
+            step.new = Some(self.load_one(step)?);
+            loaded += step.graph.nodes.len();
+            if let Some(progress) = self.options.progress {
+                progress(loaded, all);
             }
         }
         self.steps = steps;
