@@ -107,6 +107,12 @@ __noinline __u32 ipv6_skip_extensions(hook_ctx *ctx, __u32 offset, __u32 protoco
 	return ipv6_transport_pack(0, protocol, IPV6_TRANSPORT_TOO_MANY);
 }
 
+/* What a length field of 0 stands for: BIG TCP, a super-packet over 64 KiB, or just 0. */
+static __always_inline __u32 length_beyond_field(__u32 length)
+{
+	return length > 0xffff ? length : 0;
+}
+
 static __always_inline enum reason parse_ipv4(hook_ctx *ctx, struct headers *at)
 {
 	struct iphdr *ip = pkt_at(ctx, at->ip, sizeof(*ip));
@@ -118,9 +124,8 @@ static __always_inline enum reason parse_ipv4(hook_ctx *ctx, struct headers *at)
 		return REASON_BAD_HEADER;
 	header = ip->ihl * 4;
 	total = bpf_ntohs(ip->tot_len);
-	/* BIG TCP: a super-packet over 64 KiB says 0 */
 	if (!total)
-		total = pkt_length(ctx) - at->ip;
+		total = length_beyond_field(pkt_length(ctx) - at->ip);
 	if (total < header)
 		return REASON_BAD_HEADER;
 	at->version = IP_VERSION_4;
@@ -142,7 +147,9 @@ static __always_inline enum reason parse_ipv6(hook_ctx *ctx, struct headers *at)
 	if (ip->version != IP_VERSION_6)
 		return REASON_BAD_HEADER;
 	payload = bpf_ntohs(ip->payload_len);
-	at->end = payload ? at->ip + (__u32)sizeof(*ip) + payload : pkt_length(ctx);
+	if (!payload)
+		payload = length_beyond_field(pkt_length(ctx) - at->ip - (__u32)sizeof(*ip));
+	at->end = at->ip + (__u32)sizeof(*ip) + payload;
 	at->version = IP_VERSION_6;
 	at->protocol = ip->nexthdr;
 	at->transport = at->ip + sizeof(*ip);
