@@ -334,7 +334,9 @@ static __always_inline enum reason tcp_options_insert(hook_ctx *ctx, const struc
 	}
 	if (tcp_options_append(used, size, total))
 		return REASON_HELPER_FAILED;
-	if (have < segment->at.end + by && pkt_set_length(ctx, have, segment->at.end + by))
+	/* one that grows has no payload, so it is here whole */
+	if (by && have < segment->at.end + by &&
+	    pkt_set_length(ctx, have, segment->at.end + by))
 		return REASON_HELPER_FAILED;
 	return tcp_options_write(ctx, segment, scratch, by);
 }
