@@ -30,6 +30,9 @@ const DEVICES: &str = "pc_devices";
 /// Map that a keyed selector looks packets up in.
 const SET: &str = "set";
 
+/// [`Generation::carrier`] of packets that carry their context in front of them.
+pub const DATA_META: &str = "data_meta";
+
 /// Where the context of packets lives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CarrierChoice {
@@ -159,7 +162,7 @@ pub fn overwrite(array: impl AsFd, stub: impl AsFd) -> Result<()> {
 
 fn carrier_name(hook: Hook, carrier: types::carrier) -> &'static str {
     match (carrier, hook.family()) {
-        (types::carrier::CARRIER_PACKET, Family::Xdp) => "data_meta",
+        (types::carrier::CARRIER_PACKET, Family::Xdp) => DATA_META,
         (types::carrier::CARRIER_PACKET, Family::Tc) => "cb",
         (types::carrier::CARRIER_PERCPU, _) => "percpu",
         _ => "none",

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::engine::attach::{Hold, Place};
+use crate::engine::bpf::CONTEXT_SIZE;
 use crate::engine::counters::{self, Counters};
 use crate::engine::generation::{self, CarrierChoice, Environment, Generation};
 use crate::engine::names::SystemNames;
@@ -238,8 +239,13 @@ impl Runner {
         match sys::test_run(&self.generation.entry, frame, None) {
             Ok(run) => {
                 let verdict = Verdict::of(self.hook.family(), run.verdict);
+                let mut left = run.frame;
+                // A dropped packet keeps its context: metadata, which comes in front of it.
+                if verdict == Verdict::Drop && self.generation.carrier == generation::DATA_META {
+                    left.drain(..left.len().min(CONTEXT_SIZE as usize));
+                }
                 let counted = self.counted()?;
-                Ok(self.outcome(verdict, run.frame, &counted, "test_run"))
+                Ok(self.outcome(verdict, left, &counted, "test_run"))
             }
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.run_on_veth(frame),
             Err(error) => {
