@@ -6,7 +6,7 @@ struct params {
 	enum option_kind kind __range(2, 255) __required
 		__doc("kind of the option, by name or number");
 	enum mptcp_subtype subtype __range(0, 255) __default("any")
-		__doc("MPTCP subtype (RFC 8684), by name or number");
+		__doc("with kind mptcp: the subtype (RFC 8684), by name or number");
 };
 PARAMS;
 
@@ -17,6 +17,8 @@ ACTION(strip_option, "overwrite a TCP option with NOPs, every one of its kind in
 
 	if (reason)
 		return SKIP(reason);
+	if (PARAM(kind) != OPTION_KIND_MPTCP && PARAM(subtype) != MPTCP_SUBTYPE_ANY)
+		return SKIP(REASON_OPTION_ABSENT);
 	return done_or_skip(
 		tcp_options_strip(ctx, &segment, PARAM(kind), PARAM(subtype)));
 }

@@ -36,6 +36,7 @@ enum node_flags {
 	NODE_SET = 1 << 3,		/* keyed selector: look the key up in `set` */
 	NODE_STORE_ARGUMENT = 1 << 4,	/* on match: the element's argument goes to the context */
 	NODE_CLEAR_ARGUMENT = 1 << 5,	/* on match: forget the argument an earlier alternative left */
+	NODE_ARGUMENT_IS_CHAIN = 1 << 6, /* action: the argument must be the id of a chain */
 };
 
 /*
@@ -66,6 +67,7 @@ struct chain_ctx {
 
 enum chain_ctx_flags {
 	CHAIN_CTX_ARGUMENT = 1 << 0,	/* the argument is valid */
+	CHAIN_CTX_CHAIN = 1 << 1,	/* and is the id of a chain */
 };
 
 /* What one CPU saw at one node. */

@@ -71,7 +71,8 @@ __noinline __u32 ipv6_skip_extensions(hook_ctx *ctx, __u32 offset, __u32 protoco
 
 	if (!ctx)
 		return 0;
-	for (i = 0; i < PARSE_MAX_EXTENSIONS; i++) {
+	/* one round more than there may be: it sees the header behind the last */
+	for (i = 0; i <= PARSE_MAX_EXTENSIONS; i++) {
 		__u8 *header;
 		__u32 length;
 

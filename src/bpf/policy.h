@@ -93,6 +93,8 @@ static __always_inline enum reason argument_load(hook_ctx *ctx, struct argument 
 	context = context_read(ctx, node.carrier);
 	if (!(context.flags & CHAIN_CTX_ARGUMENT) || context.chain != node.chain)
 		return REASON_NO_ELEMENT;
+	if (!(context.flags & CHAIN_CTX_CHAIN) != !(node.flags & NODE_ARGUMENT_IS_CHAIN))
+		return REASON_BAD_ARGUMENT;
 	value = (__u64)context.argument_high << 32 | context.argument_low;
 	if (value < node.argument_min || value > node.argument_max)
 		return REASON_BAD_ARGUMENT;
@@ -113,6 +115,8 @@ static __always_inline void argument_store(hook_ctx *ctx, const struct found *fo
 		context.argument_low = found->element.argument;
 		context.argument_high = found->element.argument >> 32;
 		context.flags = CHAIN_CTX_ARGUMENT;
+		if (found->element.flags & ELEMENT_CHAIN)
+			context.flags |= CHAIN_CTX_CHAIN;
 	}
 	context_write(ctx, node.carrier, &context);
 }

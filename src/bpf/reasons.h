@@ -28,7 +28,7 @@ enum reason {
 	REASON_NO_ROOM,		/* the TCP header would pass 60 bytes, or the payload would have to move */
 	/* The chain or its set gives no answer. */
 	REASON_NO_ELEMENT,	/* the packet matched without a set element, or that has no argument */
-	REASON_BAD_ARGUMENT,	/* the element's argument is out of the parameter's range */
+	REASON_BAD_ARGUMENT,	/* the element's argument is not of the parameter's kind or range */
 	REASON_NO_CHAIN,	/* the chain an element names is gone */
 	REASON_NO_ROUTE,
 	REASON_NO_NEIGHBOUR,

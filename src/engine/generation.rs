@@ -292,6 +292,9 @@ impl Loader<'_> {
             } else {
                 0
             };
+            if param.is_chain {
+                config.flags |= node_flags::NODE_ARGUMENT_IS_CHAIN.0;
+            }
             config.argument_min = param.min;
             config.argument_max = param.max;
         }

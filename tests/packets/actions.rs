@@ -182,11 +182,10 @@ fn goto_where_the_element_says() {
             element(12, json!({ "chain": "none" }));
             element(13, json!({ "chain": "narrow" }));
             element(14, json!({}));
-            // no chain of the generation has these ids
-            element(15, json!({ "arg": 0 }));
-            element(16, json!({ "arg": 5 }));
-            element(17, json!({ "arg": 1000 }));
-            element(18, json!({ "arg": u64::from(u32::MAX) + 3 }));
+            element(15, json!({ "chain": "gone-0" }));
+            element(16, json!({ "chain": "gone-5" }));
+            element(17, json!({ "chain": "gone-1000" }));
+            element(18, json!({ "arg": 1 }));
             let from = |last: u8| v4().between([10, 0, 0, last], V4_DST);
             let rows = [
                 gives("a chain", &from(11), &from(11).window(9)),
@@ -202,7 +201,7 @@ fn goto_where_the_element_says() {
                 leaves("id 0", &from(15), "no_chain"),
                 leaves("a slot past the last", &from(16), "no_chain"),
                 leaves("far away", &from(17), "no_chain"),
-                leaves("an id of 33 bits", &from(18), "bad_argument"),
+                leaves("a number, not a chain", &from(18), "bad_argument"),
                 leaves("matched without an element", &v6(), "no_element"),
                 gives("again", &from(11), &from(11).window(9)),
             ];
@@ -250,7 +249,7 @@ fn arguments() {
             bench.store(
                 "ports",
                 "port",
-                json!([{ "port": 82, "arg": 820 }, { "port": 83 }]),
+                json!([{ "port": 82, "arg": 820 }, { "port": 83 }, { "port": 84, "chain": "gone-5" }]),
             );
             let from = |a: u8, b: u8, c: u8| v4().between([10, a, b, c], V4_DST);
             let rows = [
@@ -292,6 +291,11 @@ fn arguments() {
                     "the last alternative's has none",
                     &from(0, 0, 1).ports(1, 83),
                     "no_element",
+                ),
+                leaves(
+                    "a chain, not a number",
+                    &from(0, 0, 1).ports(1, 84),
+                    "bad_argument",
                 ),
                 leaves("SYN", &from(0, 0, 1).flags(SYN), "syn"),
             ];
