@@ -147,13 +147,10 @@ static __always_inline enum reason ttl_decrement(hook_ctx *ctx, const struct hea
 	return REASON_NONE;
 }
 
-/* Does nothing where packets have no link header. */
 static __always_inline enum reason link_write(hook_ctx *ctx, const struct link_addresses *link)
 {
 	struct ethhdr *eth = pkt_at(ctx, 0, sizeof(*eth));
 
-	if (node.flags & NODE_NO_LINK)
-		return REASON_NONE;
 	if (!eth)
 		return REASON_TRUNCATED;
 	if (mac_is_given(&link->destination))
