@@ -153,17 +153,34 @@ pub fn delete(store: &Store, names: &[String], force: bool) -> Result<Report> {
     Transaction::new(store, current, desired, None)?.run(false)
 }
 
-/// Removes every chain and set, those attached in other network namespaces too if they can be
-/// reached from here.
+/// Removes every chain and set, those attached in other network namespaces too.
 ///
 /// # Errors
-/// What the kernel says.
+/// [`Refused`] where filters of another namespace are left, which can be removed from inside it
+/// only; sub-chains and sets, which they may use, then stay too. What the kernel says.
 pub fn delete_all(store: &Store) -> Result<Report> {
-    let current = Current::read(store)?;
-    let desired = Desired::default();
+    let current = Current::everywhere(store)?;
+    let out_of_reach = store.out_of_reach(&current.attachments)?;
+    let mut desired = Desired::default();
+    if !out_of_reach.is_empty() {
+        desired = Desired::keep(&current, |_| true);
+        desired.targets.clear();
+    }
     let report = Transaction::new(store, current, desired, None)?.run(false)?;
     store.remove_if_empty()?;
-    Ok(report)
+    match out_of_reach.first() {
+        None => Ok(report),
+        Some(folder) => Err(Refused::state(
+            "filters of another network namespace stay, and what they use",
+            format!(
+                "they can be removed from inside it only; see {}",
+                folder.display()
+            ),
+            "run `policy-chain delete --all` there (`ls -i /run/netns` finds it by the number in \
+             front of the folder's name); if it is gone, remove the folder",
+        )
+        .into()),
+    }
 }
 
 /// Refuses to delete a chain that elements of sets name.
@@ -195,18 +212,24 @@ fn set_names_chain(store: &Store, set: &str, id: u32) -> Result<bool> {
 /// What runs.
 struct Current {
     state: State,
-    /// In this network namespace.
+    /// In this network namespace, unless read everywhere.
     attachments: Vec<Attachment>,
 }
 
 impl Current {
     fn read(store: &Store) -> Result<Current> {
         let here = netns::current_id()?;
-        let mut attachments = store.attachments()?;
+        let mut current = Current::everywhere(store)?;
+        let attachments = &mut current.attachments;
         attachments.retain(|attachment| attachment.netns == here);
+        Ok(current)
+    }
+
+    /// With what runs in other network namespaces.
+    fn everywhere(store: &Store) -> Result<Current> {
         Ok(Current {
             state: store.state()?,
-            attachments,
+            attachments: store.attachments()?,
         })
     }
 
