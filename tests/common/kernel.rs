@@ -70,12 +70,13 @@ impl Objects {
         self.links.extend(&other.links);
     }
 
-    /// Those that are still there.
+    /// Those that are still there. Only ids are asked for: to open a PROG_ARRAY that is just being
+    /// released makes the kernel release it twice, and lose count of its references.
     pub fn alive(&self) -> Objects {
         Objects {
-            programs: keep(&self.programs, |id| sys::prog_by_id(id).is_ok()),
-            maps: keep(&self.maps, |id| sys::map_by_id(id).is_ok()),
-            links: keep(&self.links, |id| sys::link_by_id(id).is_ok()),
+            programs: both(&self.programs, sys::programs()),
+            maps: both(&self.maps, sys::maps()),
+            links: both(&self.links, sys::links()),
         }
     }
 
@@ -88,8 +89,9 @@ impl Objects {
     }
 }
 
-fn keep(ids: &BTreeSet<u32>, lives: impl Fn(u32) -> bool) -> BTreeSet<u32> {
-    ids.iter().copied().filter(|id| lives(*id)).collect()
+fn both(ids: &BTreeSet<u32>, living: sys::Ids) -> BTreeSet<u32> {
+    let living: BTreeSet<u32> = living.map(Result::unwrap).collect();
+    ids & &living
 }
 
 /// Slots and program ids of a PROG_ARRAY.

@@ -170,6 +170,10 @@ impl Environment {
         Environment::new(1, false)
     }
 
+    pub fn direct_paths(paths: u8) -> Environment {
+        Environment::new(paths, false)
+    }
+
     /// Client, router and server. What the router sends to the server has complete checksums, so
     /// that the server sees a wrong one.
     pub fn routed() -> Environment {
@@ -344,9 +348,6 @@ pub fn failed(what: &str, code: i32, output: &Output) -> String {
 #[track_caller]
 pub fn says(message: &str, parts: &[&str]) {
     for part in parts {
-        assert!(
-            message.contains(part),
-            "expected \"{part}\" in:\n{message}"
-        );
+        assert!(message.contains(part), "expected \"{part}\" in:\n{message}");
     }
 }

@@ -102,11 +102,7 @@ fn demo_at(place: Place) {
     assert_eq!(actions[1]["window"], WINDOW);
     for segment in segments_behind(&place, Value::Null, actions) {
         assert_eq!(segment.option(TIMESTAMPS), None, "{segment:?}");
-        assert_eq!(
-            segment.window == WINDOW,
-            !segment.is_syn(),
-            "{segment:?}"
-        );
+        assert_eq!(segment.window == WINDOW, !segment.is_syn(), "{segment:?}");
     }
 }
 
