@@ -82,6 +82,9 @@ enum Command {
         /// All chains and sets of this network namespace
         #[arg(long)]
         all: bool,
+        /// With --all: in all network namespaces
+        #[arg(long, requires = "all")]
+        all_netns: bool,
         /// Also a sub-chain that elements of sets name; such packets then pass
         #[arg(long)]
         force: bool,
@@ -259,7 +262,17 @@ pub fn run(cli: Cli) -> Result<u8> {
         Command::Apply(arguments) => apply(folder, &arguments),
         Command::List { all_netns, output } => list(folder, all_netns, &output),
         Command::Show { name, output } => show(folder, &name, &output),
-        Command::Delete { names, all, force } => delete(folder, &names, all, force),
+        Command::Delete {
+            names,
+            all,
+            all_netns,
+            force,
+        } => {
+            if all {
+                return delete(folder, |store| apply::delete_all(store, all_netns));
+            }
+            delete(folder, |store| apply::delete(store, &names, force))
+        }
         Command::Set { command } => set(folder, command),
         Command::Policies { name, output } => policies(name.as_deref(), &output),
         Command::Schema => print_json(&spec::schema(Registry::embedded()?)),
@@ -303,13 +316,9 @@ fn apply(folder: &Path, arguments: &Apply) -> Result<u8> {
     print_report(&report?, arguments.output.json)
 }
 
-fn delete(folder: &Path, names: &[String], all: bool, force: bool) -> Result<u8> {
+fn delete(folder: &Path, change: impl Fn(&Store) -> Result<Report>) -> Result<u8> {
     let store = lock(folder)?;
-    let report = if all {
-        apply::delete_all(&store)
-    } else {
-        apply::delete(&store, names, force)
-    };
+    let report = change(&store);
     if report.is_err() {
         store.remove_if_empty()?;
     }

@@ -155,17 +155,39 @@ pub fn delete(store: &Store, names: &[String], force: bool) -> Result<Report> {
     Transaction::new(store, current, desired, Options::default())?.run(false)
 }
 
-/// Removes every chain and set, those attached in other network namespaces too if they can be
-/// reached from here.
+/// Removes every chain of this network namespace, or of all, and the sub-chains and sets unless
+/// chains of other namespaces may use them.
 ///
 /// # Errors
-/// What the kernel says.
-pub fn delete_all(store: &Store) -> Result<Report> {
-    let current = Current::read(store)?;
-    let desired = Desired::default();
+/// With `all_netns`, [`Refused`] where filters of another namespace are left, which can be removed
+/// from inside it only. What the kernel says.
+pub fn delete_all(store: &Store, all_netns: bool) -> Result<Report> {
+    let current = if all_netns {
+        Current::everywhere(store)?
+    } else {
+        Current::read(store)?
+    };
+    let elsewhere = store.others(&current.attachments)?;
+    let mut desired = Desired::default();
+    if !elsewhere.is_empty() {
+        desired = Desired::keep(&current, |_| true);
+        desired.targets.clear();
+    }
     let report = Transaction::new(store, current, desired, Options::default())?.run(false)?;
     store.remove_if_empty()?;
-    Ok(report)
+    match elsewhere.first().filter(|_| all_netns) {
+        None => Ok(report),
+        Some(folder) => Err(Refused::state(
+            "filters of another network namespace stay, and what they use",
+            format!(
+                "they can be removed from inside it only; see {}",
+                folder.display()
+            ),
+            "run `policy-chain delete --all` there (`ls -i /run/netns` finds it by the number in \
+             front of the folder's name); if it is gone, remove the folder",
+        )
+        .into()),
+    }
 }
 
 /// Refuses to delete a chain that elements of sets name.
@@ -197,18 +219,24 @@ fn set_names_chain(store: &Store, set: &str, id: u32) -> Result<bool> {
 /// What runs.
 struct Current {
     state: State,
-    /// In this network namespace.
+    /// In this network namespace, unless read everywhere.
     attachments: Vec<Attachment>,
 }
 
 impl Current {
     fn read(store: &Store) -> Result<Current> {
         let here = netns::current_id()?;
-        let mut attachments = store.attachments()?;
+        let mut current = Current::everywhere(store)?;
+        let attachments = &mut current.attachments;
         attachments.retain(|attachment| attachment.netns == here);
+        Ok(current)
+    }
+
+    /// With what runs in other network namespaces.
+    fn everywhere(store: &Store) -> Result<Current> {
         Ok(Current {
             state: store.state()?,
-            attachments,
+            attachments: store.attachments()?,
         })
     }
 

@@ -218,13 +218,19 @@ impl Place {
                 let info = sys::link_info(link).context("look at the link")?;
                 Ok((info.ifindex != 0).then_some(info.prog_id))
             }
-            Hold::Clsact { .. } => sys::clsact_query(
-                self.ifindex,
-                self.direction(),
-                CLSACT_HANDLE,
-                CLSACT_PRIORITY,
-            )
-            .context("look at the clsact filter"),
+            Hold::Clsact { .. } => {
+                let found = sys::clsact_query(
+                    self.ifindex,
+                    self.direction(),
+                    CLSACT_HANDLE,
+                    CLSACT_PRIORITY,
+                );
+                match found {
+                    // The device is gone, and its filters with it.
+                    Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+                    found => found.context("look at the clsact filter"),
+                }
+            }
         }
     }
 

@@ -212,6 +212,16 @@ impl Store {
         Ok(found)
     }
 
+    /// The folders of attachments that are none of `found`: those of other network namespaces.
+    ///
+    /// # Errors
+    /// No permission.
+    pub fn others(&self, found: &[Attachment]) -> Result<Vec<PathBuf>> {
+        let mut folders = self.attachment_folders()?;
+        folders.retain(|folder| found.iter().all(|attachment| attachment.folder != *folder));
+        Ok(folders)
+    }
+
     fn attachment_folders(&self) -> Result<Vec<PathBuf>> {
         let entries = match fs::read_dir(&self.folder) {
             Ok(entries) => entries,
