@@ -279,7 +279,8 @@ impl Runner {
         let redirects = |node: &Node| node.policy == "redirect" && node.terminal;
         let last = outcome.path.last();
         let last = self.graph.nodes.iter().find(|n| Some(&n.name()) == last);
-        if verdict == Verdict::Drop && last.is_some_and(redirects) && outcome.reasons.is_empty() {
+        // Where it went, to loopback perhaps, says nothing of the verdict.
+        if last.is_some_and(redirects) && outcome.reasons.is_empty() {
             outcome.verdict = Verdict::Redirect;
         }
         Ok(outcome)
