@@ -502,9 +502,7 @@ fn testbed(command: TestbedCommand) -> Result<u8> {
             command,
         } => {
             let role: Role = role.parse()?;
-            let status = Testbed::open(&name)?.exec(role, &command)?;
-            let code = status.code().and_then(|code| u8::try_from(code).ok());
-            Ok(code.unwrap_or(EXIT_FAILED))
+            match Testbed::open(&name)?.become_program(role, &command)? {}
         }
         TestbedCommand::Down { name } => {
             testbed::down(&name)?;
