@@ -22,6 +22,16 @@ use policy_chain::testbed::{self, Role, Testbed};
 use policy_chain::{hook, plan};
 use serde_json::Value;
 
+const EXAMPLES: &str = "\
+Examples:
+  policy-chain policies                   what there is to build chains from
+  policy-chain check web.json             is this chain file right?
+  policy-chain apply --dry-run web.json   what would change?
+  policy-chain apply web.json             make it run
+  policy-chain list                       what runs, and how many packets it took
+  policy-chain show web                   what each of its nodes did
+  policy-chain delete web                 take it away";
+
 /// Compose packet policies into chains that the kernel runs, on XDP and TC.
 ///
 /// A chain file (JSON) says which packets (selectors) and what happens to them (actions).
@@ -30,7 +40,7 @@ use serde_json::Value;
 /// Exit codes: 0 done; 1 failed at run time; 2 wrong usage or invalid chain file; 3 not permitted,
 /// or the kernel lacks something.
 #[derive(Parser)]
-#[command(name = "policy-chain", version, max_term_width = 100)]
+#[command(name = "policy-chain", version, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
     /// Folder in a bpffs where chains are kept
     #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_FOLDER)]
@@ -66,6 +76,7 @@ enum Command {
     },
     /// Show one chain: its nodes, what they counted, and why they left packets alone
     Show {
+        /// Name of the chain
         name: String,
         #[command(flatten)]
         output: Output,
@@ -96,6 +107,7 @@ enum Command {
     },
     /// List the policies, or describe one
     Policies {
+        /// Name of a policy
         name: Option<String>,
         #[command(flatten)]
         output: Output,
@@ -171,25 +183,34 @@ struct Replay {
 #[derive(Subcommand)]
 enum SetCommand {
     /// Store elements: member=value,... or JSON; "arg=N" or "chain=NAME" is what actions read
+    ///
+    /// For example: policy-chain set add windows
+    /// local=192.0.2.1,local_port=443,remote=198.51.100.9,remote_port=40000,arg=512
     Add {
+        /// Name of the set
         set: String,
+        /// Element; its members are on the page of the selector that looks the set up
         #[arg(required = true, value_name = "ELEMENT")]
         elements: Vec<String>,
     },
     /// Remove elements
     Del {
+        /// Name of the set
         set: String,
+        /// Element; an argument, if given, is not compared
         #[arg(required = true, value_name = "ELEMENT")]
         elements: Vec<String>,
     },
     /// List the sets, or the elements of one
     List {
+        /// Name of a set
         set: Option<String>,
         #[command(flatten)]
         output: Output,
     },
     /// Store the elements of a file: a JSON list, or one element a line
     Load {
+        /// Name of the set
         set: String,
         /// File, or - for standard input
         file: PathBuf,
@@ -198,13 +219,17 @@ enum SetCommand {
         replace: bool,
     },
     /// Take a set away that no chain uses
-    Delete { set: String },
+    Delete {
+        /// Name of the set
+        set: String,
+    },
 }
 
 #[derive(Subcommand)]
 enum TestbedCommand {
     /// Make namespaces joined by veth pairs: client and server, with a router between if asked
     Up {
+        /// Name of the testbed
         name: String,
         /// Pairs between them, 1 to 8
         #[arg(long, default_value_t = 1)]
@@ -217,14 +242,19 @@ enum TestbedCommand {
     },
     /// Run a command in one of its namespaces
     Exec {
+        /// Name of the testbed
         name: String,
         /// client, server or router
         role: String,
+        /// Program and its arguments
         #[arg(required = true, last = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
     /// Remove it
-    Down { name: String },
+    Down {
+        /// Name of the testbed
+        name: String,
+    },
     /// List the testbeds
     List {
         #[command(flatten)]
@@ -286,8 +316,15 @@ fn check(files: &[PathBuf]) -> Result<u8> {
     let spec = Spec::read(files, registry)?;
     spec.validate_references(&Default::default(), &Default::default())?;
     plan::check(&spec, registry)?;
-    let (chains, sets) = (spec.chains.len(), spec.sets.len());
-    print(&format!("ok: {chains} chains, {sets} sets\n"))
+    let chains = number(spec.chains.len(), "chain");
+    let sets = number(spec.sets.len(), "set");
+    print(&format!("ok: {chains}, {sets}\n"))
+}
+
+/// `1 chain`, `2 chains`.
+fn number(count: usize, thing: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {thing}{plural}")
 }
 
 fn apply(folder: &Path, arguments: &Apply) -> Result<u8> {
@@ -526,9 +563,7 @@ fn testbed(command: TestbedCommand) -> Result<u8> {
             command,
         } => {
             let role: Role = role.parse()?;
-            let status = Testbed::open(&name)?.exec(role, &command)?;
-            let code = status.code().and_then(|code| u8::try_from(code).ok());
-            Ok(code.unwrap_or(EXIT_FAILED))
+            match Testbed::open(&name)?.become_program(role, &command)? {}
         }
         TestbedCommand::Down { name } => {
             testbed::down(&name)?;

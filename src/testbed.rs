@@ -15,14 +15,17 @@
 //! paths' subnets, so that a socket bound to one path's device reaches every address of the peer
 //! (MPTCP's subflows are such sockets).
 
+use std::convert::Infallible;
+use std::ffi::OsStr;
 use std::fmt;
 use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{self, ExitStatus};
+use std::process::{self, Command, ExitStatus};
 use std::str::FromStr;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -290,20 +293,33 @@ impl Testbed {
     /// # Errors
     /// [`Invalid`] for an empty command line. [`Refused`] (state) if there is no such host or
     /// program, (denied) without permission to enter.
-    pub fn exec<S: AsRef<std::ffi::OsStr>>(&self, role: Role, argv: &[S]) -> Result<ExitStatus> {
+    pub fn exec<S: AsRef<OsStr>>(&self, role: Role, argv: &[S]) -> Result<ExitStatus> {
+        let (mut command, what) = self.command(role, argv)?;
+        let status = command.status();
+        status.map_err(|error| exec_refusal(what, &error).into())
+    }
+
+    /// As [`Testbed::exec`], but the program takes the place of the calling process, and gets the
+    /// signals meant for it. Returns only if that failed.
+    ///
+    /// # Errors
+    /// As [`Testbed::exec`].
+    pub fn become_program<S: AsRef<OsStr>>(&self, role: Role, argv: &[S]) -> Result<Infallible> {
+        let (mut command, what) = self.command(role, argv)?;
+        Err(exec_refusal(what, &command.exec()).into())
+    }
+
+    /// The command, and what could not be done if it fails.
+    fn command<S: AsRef<OsStr>>(&self, role: Role, argv: &[S]) -> Result<(Command, String)> {
         let Some((program, arguments)) = argv.split_first() else {
             return Err(Invalid::new("CMD", "nothing", "a program and its arguments").into());
         };
         let namespace = self.namespace(role)?;
-        namespace
-            .command(program)
-            .args(arguments)
-            .status()
-            .map_err(|error| {
-                let program = Path::new(program).display();
-                let what = format!("cannot run {program} in {}", namespace.name());
-                exec_refusal(what, &error).into()
-            })
+        let mut command = namespace.command(program);
+        command.args(arguments);
+        let program = Path::new(program).display();
+        let what = format!("cannot run {program} in {}", namespace.name());
+        Ok((command, what))
     }
 }
 

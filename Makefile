@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# What one does with this repository. Cargo does the building.
+
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+SCRIPTS := .ci/run $(wildcard tools/*.sh)
+
+# Demo and tests make network namespaces and load BPF programs: as root, or through sudo.
+ifneq ($(shell id -u),0)
+SUDO := $(shell command -v sudo)
+# Cargo itself stays with the user; only the test programs run as root.
+TEST_FLAGS = --config "target.'cfg(unix)'.runner = ['$(SUDO)', '-E', 'env', 'PATH=$(PATH)']"
+endif
+
+.PHONY: help build demo test lint schema docs vmlinux install-deps root clean
+
+help:
+	@echo "make demo      see it work: builds, and runs a chain on real TCP in network namespaces"
+	@echo "make test      run all tests"
+	@echo "make build     build target/release/policy-chain"
+	@echo "make lint      formatting, compiler and clippy warnings, scripts"
+	@echo "make docs      make docs/policies.md and the JSON Schema again, from the code"
+	@echo "make vmlinux   make src/bpf/vmlinux.h again, from the running kernel"
+	@echo "make clean     remove what was built"
+
+build: install-deps
+	$(CARGO) build --release
+
+demo: install-deps root
+	$(CARGO) build --release --bins --example transfer
+	$(SUDO) tools/demo.sh $(TARGET)/release/policy-chain $(TARGET)/release/examples/transfer
+
+test: install-deps root
+	$(CARGO) test $(TEST_FLAGS)
+
+lint: install-deps
+	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 || \
+		{ echo "rustfmt or clippy is missing: rustup component add rustfmt clippy" >&2; exit 1; }
+	$(CARGO) fmt --check
+	$(CARGO) clippy --all-targets -- -D warnings
+	@for script in $(SCRIPTS); do \
+		case $$(head -n 1 $$script) in *bash*) shell=bash ;; *) shell=sh ;; esac; \
+		echo "$$shell -n $$script"; $$shell -n $$script || exit 1; \
+	done
+
+# Tests compare both with the code.
+docs: install-deps
+	WRITE_DOCS=1 $(CARGO) test --test docs generated
+
+schema: docs
+
+vmlinux: install-deps
+	$(CARGO) run --example vmlinux >src/bpf/vmlinux.h.new
+	mv src/bpf/vmlinux.h.new src/bpf/vmlinux.h
+
+install-deps:
+	@tools/install-deps.sh
+
+# Says what is the matter before anything is built.
+root:
+ifneq ($(shell id -u),0)
+	@test -n "$(SUDO)" || { echo "This needs root, and there is no sudo: run it as root." >&2; exit 1; }
+	@echo "Network namespaces and BPF need root: going through $(SUDO)."
+endif
+
+clean:
+	$(CARGO) clean
