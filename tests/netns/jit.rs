@@ -93,7 +93,17 @@ fn direct_jumps_at(hook: &str, with_context: bool) {
     assert_eq!(names.len(), 9, "{names:?}");
     // tcp: to the first action, or to ip_pair; service: to the first action; then in order.
     let mut edges = vec![(&entry, &order[0])];
-    for (from, to) in [(0, 3), (0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8)] {
+    for (from, to) in [
+        (0, 3),
+        (0, 1),
+        (1, 2),
+        (2, 3),
+        (3, 4),
+        (4, 5),
+        (5, 6),
+        (6, 7),
+        (7, 8),
+    ] {
         edges.push((&order[from], &order[to]));
     }
     for (from, to) in edges {
@@ -104,8 +114,14 @@ fn direct_jumps_at(hook: &str, with_context: bool) {
             to.name
         );
     }
-    assert!(!jumps_to(&order[0], &order[8]), "the test sees jumps that are not there");
-    assert!(!jumps_to(&order[8], &order[0]), "the test sees jumps that are not there");
+    assert!(
+        !jumps_to(&order[0], &order[8]),
+        "the test sees jumps that are not there"
+    );
+    assert!(
+        !jumps_to(&order[8], &order[0]),
+        "the test sees jumps that are not there"
+    );
 }
 
 #[test]

@@ -8,5 +8,5 @@ mod common;
 
 mod actions;
 mod generations;
-mod verdicts;
 mod jit;
+mod verdicts;

@@ -186,7 +186,10 @@ fn windows_at(hook: &str) {
     connections[0].exchange(3);
     assert!(raw_window(&connections[0], hook) != 70_000 % 65_536);
     let shown = nodes(&environment, "t");
-    assert!(shown[1]["reasons"]["bad_argument"].as_u64() >= Some(3), "{shown}");
+    assert!(
+        shown[1]["reasons"]["bad_argument"].as_u64() >= Some(3),
+        "{shown}"
+    );
 
     // Others in the place of all.
     let lines = format!(
@@ -212,7 +215,13 @@ fn windows_at(hook: &str) {
     let only_one = environment.files.write("one.txt", element(2, ",arg=334"));
     let said = environment.ok(
         Role::Server,
-        &["set", "load", "slow", only_one.to_str().unwrap(), "--replace"],
+        &[
+            "set",
+            "load",
+            "slow",
+            only_one.to_str().unwrap(),
+            "--replace",
+        ],
     );
     assert_eq!(said, "stored 1, removed 1\n");
     connections[1].exchange(3);
@@ -274,9 +283,8 @@ fn no_cross_pairs() {
                 ],
             }),
         );
-        let counts = || {
-            ["a-spark", "b-web", "either"].map(|name| environment.packets(Role::Server, name))
-        };
+        let counts =
+            || ["a-spark", "b-web", "either"].map(|name| environment.packets(Role::Server, name));
         let servers = server_addresses(&environment);
         // Address 0 is A's way, address 1 is B's.
         for (address, port) in [(0, WEB), (1, SPARK)] {
