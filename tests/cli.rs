@@ -332,7 +332,10 @@ fn wrong_usage() {
 /// A copy of the program that everybody may run, and a chain file that everybody may read.
 fn for_everybody(files: &Files) -> (String, String) {
     let program = files.path().join("policy-chain");
-    fs::copy(PROGRAM, &program).unwrap();
+    // By a process of its own: a test forking meanwhile would inherit our descriptor, and a file
+    // that somebody writes to cannot be run.
+    let copied = Command::new("cp").arg(PROGRAM).arg(&program).output();
+    succeeded("cp", &copied.unwrap());
     let chains = one_chain(json!([]), json!([{ "action": "count" }]));
     let file = files.write("t.json", chains.to_string());
     for (path, mode) in [(files.path(), 0o755), (&program, 0o755), (&file, 0o644)] {
