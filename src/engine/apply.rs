@@ -265,6 +265,28 @@ struct Target {
     chains: Vec<Chain>,
 }
 
+impl Target {
+    /// Where a chain file asks for it, if one does.
+    fn asked_by(&self) -> Option<String> {
+        self.chains.iter().find_map(|chain| {
+            chain.origin.file.as_ref()?;
+            let mut attach = chain.attach.iter();
+            let at = attach.position(|attach| {
+                (&attach.device, attach.hook) == (&self.place.device, self.place.hook)
+            })?;
+            Some(attach_place(chain, at))
+        })
+    }
+}
+
+/// `FILE: PATH` of an item of a chain's `attach`.
+fn attach_place(chain: &Chain, at: usize) -> String {
+    let file = chain.origin.file.as_ref();
+    let file = file.map(|file| format!("{}: ", file.display()));
+    let path = &chain.origin.path;
+    format!("{}{path}.attach[{at}]", file.unwrap_or_default())
+}
+
 impl Desired {
     /// What runs now, as far as `keep` wants it.
     fn keep(current: &Current, keep: impl Fn(&str) -> bool) -> Desired {
@@ -372,11 +394,8 @@ impl Desired {
         files.validate_references(&self.sets, &known)?;
         for chain in &files.chains {
             for (at, attach) in chain.attach.iter().enumerate() {
-                self.add_place(chain, attach).with_context(|| {
-                    let place = chain.origin.invalid(&format!(".attach[{at}]"), "", "");
-                    let file = place.file.map(|file| format!("{}: ", file.display()));
-                    format!("{}{}", file.unwrap_or_default(), place.path)
-                })?;
+                let place = attach_place(chain, at);
+                self.add_place(chain, attach).context(place)?;
             }
         }
         Ok(())
@@ -831,7 +850,11 @@ impl Step {
             old.place.detach(&old.hold)?;
             unpin_link(&folder)?;
         }
-        let (hold, mode) = place.attach(&generation.entry, self.target.mode)?;
+        let attached = place.attach(&generation.entry, self.target.mode);
+        let (hold, mode) = match self.target.asked_by() {
+            Some(origin) => attached.context(origin)?,
+            None => attached?,
+        };
         self.mode = mode;
         if matches!(hold, Hold::Clsact { qdisc_is_ours } if qdisc_is_ours) {
             our_qdiscs.insert(place.ifindex);

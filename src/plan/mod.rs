@@ -335,10 +335,25 @@ impl Planner<'_> {
             return Ok(*head);
         }
         if let Some(at) = self.entered.iter().position(|entered| entered == name) {
-            let circle = self.entered[at..].join(" -> ");
+            let circle = [&self.entered[at..], &[name.to_owned()]].concat();
             return Err(from
-                .invalid("", format!("{circle} -> {name}"), "chains that end")
+                .invalid("", paths::text(&circle), "chains that end")
                 .advice("remove one goto of the circle: a packet would run in it forever"));
+        }
+        // Each has a node at least.
+        if self.entered.len() >= MAX_TAIL_CALLS {
+            return Err(from
+                .invalid(
+                    "",
+                    format!(
+                        "one sub-chain after another: {}",
+                        paths::text(&self.entered)
+                    ),
+                    format!(
+                        "at most {MAX_TAIL_CALLS} nodes on a path, the kernel's limit of tail calls"
+                    ),
+                )
+                .advice("join sub-chains into one"));
         }
         let Some(chain) = self.subs.get(name).copied() else {
             return Err(from.invalid("", format!("no chain \"{name}\""), "an existing sub-chain"));

@@ -6,6 +6,11 @@ use crate::error::Invalid;
 
 /// Nodes shown at each end of a path that is too long.
 const SHOWN: usize = 8;
+/// Columns of a message.
+const WIDTH: usize = 96;
+/// Columns in front of a path on its first line, and on the lines after it.
+const FIRST_LINE: usize = 36;
+const INDENT: &str = "\n            ";
 
 /// Checks that no path has more nodes than the kernel follows.
 ///
@@ -23,14 +28,27 @@ pub(super) fn check(graph: &Graph) -> Result<(), Invalid> {
         .origin
         .invalid(
             "",
-            format!(
-                "a path of {} nodes: {}",
-                names.len(),
-                shortened(&names).join(" -> ")
-            ),
+            format!("a path of {} nodes: {}", names.len(), text(&names)),
             format!("at most {MAX_TAIL_CALLS} nodes on a path, the kernel's limit of tail calls"),
         )
         .advice("join selectors into one with \"keys\" or a set, or take chains off the device"))
+}
+
+/// Names in the order of a path, on lines of a message.
+pub(super) fn text(names: &[String]) -> String {
+    let mut text = String::new();
+    let mut width = FIRST_LINE;
+    for (at, name) in shortened(names).iter().enumerate() {
+        if at > 0 {
+            text.push_str(" ->");
+            let wraps = width + name.len() > WIDTH;
+            text.push_str(if wraps { INDENT } else { " " });
+            width = if wraps { INDENT.len() } else { width };
+        }
+        text.push_str(name);
+        width += name.len() + " -> ".len();
+    }
+    text
 }
 
 fn shortened(names: &[String]) -> Vec<String> {
@@ -69,22 +87,31 @@ impl<'a> Paths<'a> {
         path
     }
 
-    fn length(&mut self, from: Successor) -> usize {
-        let Successor::Node(index) = from else {
-            return 0;
-        };
-        if let Some((length, _)) = self.known[index] {
-            return length;
+    /// Works out the longest path from a node and from all behind it. Not by recursion: a chain
+    /// file may ask for more nodes than there is stack.
+    fn length(&mut self, from: Successor) {
+        let mut open: Vec<usize> = index_of(from).into_iter().collect();
+        while let Some(index) = open.last().copied() {
+            let successors = self.successors(&self.graph.nodes[index]);
+            let indexes = successors.iter().copied().filter_map(index_of);
+            let unknown: Vec<usize> = indexes.filter(|at| self.known[*at].is_none()).collect();
+            if unknown.is_empty() {
+                let lengths = successors
+                    .into_iter()
+                    .map(|next| (self.known_length(next), next));
+                let longest = lengths.max_by_key(|(length, _)| *length);
+                let (length, next) = longest.unwrap_or((0, Successor::Pass));
+                self.known[index] = Some((length + 1, next));
+                open.pop();
+            } else {
+                open.extend(unknown);
+            }
         }
-        let node = &self.graph.nodes[index];
-        let (length, next) = self
-            .successors(node)
-            .into_iter()
-            .map(|next| (self.length(next), next))
-            .max_by_key(|(length, _)| *length)
-            .unwrap_or((0, Successor::Pass));
-        self.known[index] = Some((length + 1, next));
-        length + 1
+    }
+
+    fn known_length(&self, from: Successor) -> usize {
+        let known = index_of(from).and_then(|index| self.known[index]);
+        known.map_or(0, |(length, _)| length)
     }
 
     /// Where a packet can go from a node: for a verdict map, every sub-chain.
@@ -94,5 +121,12 @@ impl<'a> Paths<'a> {
             successors.extend(self.graph.heads.values().copied());
         }
         successors
+    }
+}
+
+fn index_of(successor: Successor) -> Option<usize> {
+    match successor {
+        Successor::Node(index) => Some(index),
+        _ => None,
     }
 }

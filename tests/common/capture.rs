@@ -77,8 +77,8 @@ impl Capture {
         &self.segments
     }
 
-    /// Those to a port of this host.
-    pub fn to_port(&mut self, port: u16) -> Vec<Segment> {
+    /// Those to a port.
+    pub fn with_port(&mut self, port: u16) -> Vec<Segment> {
         let segments = self.segments().iter();
         segments
             .filter(|segment| segment.destination_port == port)

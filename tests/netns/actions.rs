@@ -72,7 +72,7 @@ fn segments_behind(place: &Place, flags: Value, actions: Value) -> Vec<Segment> 
     // So far every segment was a packet by itself.
     let count = eventually("as many packets counted as captured", || {
         let counted = environment.packets(Role::Router, "t");
-        let captured = taken(capture.to_port(PORT)).len() as u64;
+        let captured = taken(capture.with_port(PORT)).len() as u64;
         (counted == captured).then_some(counted)
     });
     assert!(count >= 40, "{count}");
@@ -86,7 +86,7 @@ fn segments_behind(place: &Place, flags: Value, actions: Value) -> Vec<Segment> 
     for role in [Role::Client, Role::Server] {
         assert_eq!(environment.checksum_errors(role), 0, "{role}");
     }
-    let segments = capture.to_port(PORT);
+    let segments = capture.with_port(PORT);
     for segment in &segments {
         assert!(segment.checksum_is_right, "{segment:?}");
     }

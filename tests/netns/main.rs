@@ -7,6 +7,7 @@
 mod common;
 
 mod actions;
+mod devices;
 mod generations;
 mod jit;
 mod verdicts;
