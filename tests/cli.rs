@@ -376,7 +376,7 @@ fn without_privileges() {
     };
     assert_eq!(
         succeeded("check", &nobody(&["check", &file])),
-        "ok: 1 chains, 0 sets\n"
+        "ok: 1 chain, 0 sets\n"
     );
     succeeded("policies", &nobody(&["policies"]));
     succeeded("schema", &nobody(&["schema"]));
