@@ -3,60 +3,49 @@
 //!
 //! Containers: pcap (either byte order, microseconds or nanoseconds) and pcapng (sections of either
 //! byte order, interfaces with a link type and timestamp resolution each; Enhanced, Simple and
-//! obsolete Packet blocks). Both are decoded here, because timestamp units, truncated packets
-//! and damaged lengths must be exact: a file's lengths are never trusted beyond [`MAX_CAPTURED`].
-//!
-//! A policy needs Ethernet. A packet of another link layer gets a **synthetic Ethernet header**:
-//!
-//! | link type | destination | source | EtherType |
-//! |---|---|---|---|
-//! | raw IP (101, 12, 14) | [`SYNTHETIC_DESTINATION`] | [`SYNTHETIC_SOURCE`] | IPv4 or IPv6 by the version field, else [`ETHERTYPE_NONE`] |
-//! | IPv4 (228), IPv6 (229) | the same | the same | IPv4, IPv6 |
-//! | Linux cooked v1 (113), v2 (276) | the same | the cooked address if it has six bytes, else the same | the cooked protocol |
-//!
-//! [`Packet::restore`] goes the other way and says what becomes of a changed header.
+//! obsolete Packet blocks). `pcap-parser` decodes them; its own reader is not used, as it drops the
+//! input's errors and reads the file header only if one read gives it. Memory does not depend on
+//! the lengths a file claims: see [`MAX_BLOCK`]. Link layers: see [`super::link`].
 
 use std::fs::{File, Metadata};
-use std::io::{self, BufReader, BufWriter, ErrorKind, Read, Write};
+use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
+use pcap_parser::nom::{self, IResult};
+use pcap_parser::traits::PcapNGPacketBlock;
+use pcap_parser::{
+    Block, EPB_MAGIC, IDB_MAGIC, InterfaceDescriptionBlock, LegacyPcapBlock, OptionCode, PcapError,
+    PcapHeader, SHB_MAGIC, SPB_MAGIC, parse_block_be, parse_block_le, parse_pcap_frame,
+    parse_pcap_frame_be, parse_pcap_header, parse_sectionheaderblock, parse_unknownblock_be,
+    parse_unknownblock_le,
+};
 
+use super::link::{LinkType, SUPPORTED};
 use crate::error::{Invalid, Refused};
 
 /// The most bytes one packet of a capture may hold (the limit of libpcap and Wireshark).
 pub const MAX_CAPTURED: u32 = 262_144;
-/// Destination of a synthetic Ethernet header.
-pub const SYNTHETIC_DESTINATION: [u8; 6] = [2, 0, 0, 0, 0, 1];
-/// Source of a synthetic Ethernet header.
-pub const SYNTHETIC_SOURCE: [u8; 6] = [2, 0, 0, 0, 0, 2];
-/// EtherType of a raw IP packet that is neither IPv4 nor IPv6 (a value IEEE reserves).
-pub const ETHERTYPE_NONE: u16 = 0xffff;
+/// The longest pcapng block or pcap record, and the most section headers and interfaces of a file,
+/// that are read, in bytes.
+pub const MAX_BLOCK: usize = 1 << 22;
+/// Bytes read at a time.
+const CHUNK: u64 = 1 << 18;
+const PCAP_LINK_MASK: u32 = 0x03ff_ffff;
+/// Block type of the obsolete Packet Block.
+const OBSOLETE_PACKET: u32 = 2;
 
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
-const ETHERTYPE_VLAN: u16 = 0x8100;
-const ETHERTYPE_QINQ: u16 = 0x88a8;
-const ETHERNET_HEADER: usize = 14;
-const VLAN_TAG: usize = 4;
-
-/// Bytes of a pcapng block that is decoded; room for a packet and its options.
-const MAX_BLOCK: u32 = 2 * MAX_CAPTURED;
-/// Interfaces of a file, and bytes of options kept of each: they stay in memory.
-const MAX_INTERFACES: usize = 16_384;
-const MAX_OPTIONS: usize = 4_096;
-
-const SUPPORTED: &str = "Ethernet (1), raw IP (101, 12, 14), IPv4 (228), IPv6 (229), \
-                         Linux cooked v1 (113) or Linux cooked v2 (276)";
+const DAMAGED: &str = "the file is damaged, or not a capture";
 
 /// One captured packet.
 #[derive(Clone, Debug)]
 pub struct Packet {
-    /// Time of capture since the epoch, rounded down to nanoseconds; zero where the capture has
-    /// none (pcapng Simple Packet) or one before the epoch. [`Writer`] writes the stamp as read.
+    /// Time of capture since the epoch, rounded down to nanoseconds; zero if it is before the
+    /// epoch. A pcapng Simple Packet has none: its stamp is taken as 0. [`Writer`] writes the
+    /// stamp as read.
     pub timestamp: Duration,
     /// An Ethernet frame, with a synthetic header where the capture had none.
     pub frame: Vec<u8>,
@@ -65,220 +54,23 @@ pub struct Packet {
     /// The capture holds fewer bytes than the packet had.
     pub truncated: bool,
     captured_len: u32,
-    link: Link,
-    stamp: Stamp,
-    /// Number of the pcapng interface, counted through all sections of the file.
-    interface: u32,
-    options: PacketOptions,
-}
-
-/// How a frame becomes a packet of the capture's link layer again.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Link {
-    Ethernet,
-    Raw,
-    Cooked {
-        layout: &'static Cooked,
-        header: Vec<u8>,
-    },
-}
-
-/// Where the fields stand in a Linux cooked header; all are in network byte order.
-#[derive(Debug, PartialEq, Eq)]
-struct Cooked {
-    len: usize,
-    protocol: usize,
-    /// The low byte of the address length.
-    address_len: usize,
-    address: usize,
-}
-
-static COOKED_V1: Cooked = Cooked {
-    len: 16,
-    protocol: 14,
-    address_len: 5,
-    address: 6,
-};
-static COOKED_V2: Cooked = Cooked {
-    len: 20,
-    protocol: 0,
-    address_len: 11,
-    address: 12,
-};
-
-impl Cooked {
-    fn has_mac(&self, header: &[u8]) -> bool {
-        header[self.address_len] == 6
-    }
-
-    fn mac(&self) -> std::ops::Range<usize> {
-        self.address..self.address + 6
-    }
-
-    fn protocol(&self) -> std::ops::Range<usize> {
-        self.protocol..self.protocol + 2
-    }
-}
-
-/// A timestamp in the units of the file, so that it is written exactly as read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stamp {
-    Pcap { seconds: u32, fraction: u32 },
-    Pcapng { ticks: u64 },
-}
-
-/// What is kept of a pcapng packet's options. A hash or drop count would not hold for the output.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct PacketOptions {
-    comments: Vec<Vec<u8>>,
-    flags: Option<u32>,
+    link: LinkType,
+    /// The Linux cooked header.
+    header: Vec<u8>,
+    order: Order,
+    /// The two words of the timestamp, as in the file.
+    stamp: [u32; 2],
+    /// Number of the pcapng interface in its section; none in a pcap.
+    interface: Option<u32>,
+    /// Bytes of the format's headers that stand before it.
+    headers: usize,
 }
 
 impl Packet {
-    /// The packet of the capture's own link layer that `frame` stands for.
-    ///
-    /// - Ethernet: the frame itself.
-    /// - Raw IP: what follows the Ethernet header and its VLAN tags. A changed address, EtherType or
-    ///   tag has no place in such a capture and is lost.
-    /// - Linux cooked: the header as read, with the frame's EtherType as protocol (a VLAN tag stays:
-    ///   cooked captures hold it as protocol 0x8100), and the frame's source as address if the
-    ///   capture had a six-byte address there. The destination is lost.
-    ///
-    /// A frame shorter than an Ethernet header has no payload.
+    /// The packet of the capture's own link layer that `frame` stands for; of a frame shorter than
+    /// an Ethernet header, one without payload.
     pub fn restore(&self, frame: &[u8]) -> Vec<u8> {
-        match &self.link {
-            Link::Ethernet => frame.to_vec(),
-            Link::Raw => frame.get(payload_offset(frame)..).unwrap_or(&[]).to_vec(),
-            Link::Cooked { layout, header } => restore_cooked(layout, header, frame),
-        }
-    }
-}
-
-fn restore_cooked(layout: &Cooked, header: &[u8], frame: &[u8]) -> Vec<u8> {
-    let mut packet = header.to_vec();
-    if let Some((ethernet, payload)) = frame.split_at_checked(ETHERNET_HEADER) {
-        packet[layout.protocol()].copy_from_slice(&ethernet[12..14]);
-        if layout.has_mac(header) {
-            packet[layout.mac()].copy_from_slice(&ethernet[6..12]);
-        }
-        packet.extend_from_slice(payload);
-    }
-    packet
-}
-
-/// Offset of what follows the Ethernet header and the VLAN tags; past the end if they are cut.
-fn payload_offset(frame: &[u8]) -> usize {
-    let mut offset = ETHERNET_HEADER;
-    while let Some(ethertype) = frame.get(offset - 2..offset) {
-        match u16::from_be_bytes([ethertype[0], ethertype[1]]) {
-            ETHERTYPE_VLAN | ETHERTYPE_QINQ => offset += VLAN_TAG,
-            _ => break,
-        }
-    }
-    offset
-}
-
-fn ethernet(source: &[u8], ethertype: u16, payload: &[u8]) -> Vec<u8> {
-    let mut frame = Vec::with_capacity(ETHERNET_HEADER + payload.len());
-    frame.extend_from_slice(&SYNTHETIC_DESTINATION);
-    frame.extend_from_slice(source);
-    frame.extend_from_slice(&ethertype.to_be_bytes());
-    frame.extend_from_slice(payload);
-    frame
-}
-
-/// The supported link types.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LinkType {
-    Ethernet,
-    Raw,
-    Ip(u16),
-    Cooked(&'static Cooked),
-}
-
-impl LinkType {
-    fn from_number(number: u32) -> Option<Self> {
-        Some(match number {
-            1 => LinkType::Ethernet,
-            12 | 14 | 101 => LinkType::Raw,
-            113 => LinkType::Cooked(&COOKED_V1),
-            228 => LinkType::Ip(ETHERTYPE_IPV4),
-            229 => LinkType::Ip(ETHERTYPE_IPV6),
-            276 => LinkType::Cooked(&COOKED_V2),
-            _ => return None,
-        })
-    }
-
-    /// The frame for a captured packet; `Err` is the length of the link header that `data` lacks.
-    fn decode(self, data: Vec<u8>) -> std::result::Result<(Vec<u8>, Link), usize> {
-        match self {
-            LinkType::Ethernet => Ok((data, Link::Ethernet)),
-            LinkType::Raw => {
-                let ethertype = match data.first().map(|byte| byte >> 4) {
-                    Some(4) => ETHERTYPE_IPV4,
-                    Some(6) => ETHERTYPE_IPV6,
-                    _ => ETHERTYPE_NONE,
-                };
-                Ok((ethernet(&SYNTHETIC_SOURCE, ethertype, &data), Link::Raw))
-            }
-            LinkType::Ip(ethertype) => {
-                Ok((ethernet(&SYNTHETIC_SOURCE, ethertype, &data), Link::Raw))
-            }
-            LinkType::Cooked(layout) => decode_cooked(layout, &data),
-        }
-    }
-}
-
-fn decode_cooked(
-    layout: &'static Cooked,
-    data: &[u8],
-) -> std::result::Result<(Vec<u8>, Link), usize> {
-    let (header, payload) = data.split_at_checked(layout.len).ok_or(layout.len)?;
-    let protocol = &header[layout.protocol()];
-    let source = if layout.has_mac(header) {
-        &header[layout.mac()]
-    } else {
-        &SYNTHETIC_SOURCE[..]
-    };
-    let frame = ethernet(
-        source,
-        u16::from_be_bytes([protocol[0], protocol[1]]),
-        payload,
-    );
-    let header = header.to_vec();
-    Ok((frame, Link::Cooked { layout, header }))
-}
-
-/// Name of a link type that is not supported, as tcpdump.org lists it.
-fn link_type_name(number: u32) -> &'static str {
-    match number {
-        0 => "NULL, BSD loopback",
-        6 => "IEEE802_5, token ring",
-        8 => "SLIP",
-        9 => "PPP",
-        50 => "PPP_HDLC",
-        51 => "PPP_ETHER",
-        104 => "C_HDLC",
-        105 => "IEEE802_11",
-        107 => "FRELAY",
-        108 => "LOOP, OpenBSD loopback",
-        117 => "PFLOG",
-        119 => "IEEE802_11_PRISM",
-        127 => "IEEE802_11_RADIOTAP",
-        147..=162 => "USER, private use",
-        187 => "BLUETOOTH_HCI_H4",
-        189 => "USB_LINUX",
-        192 => "PPI",
-        195 => "IEEE802_15_4_WITHFCS",
-        201 => "BLUETOOTH_HCI_H4_WITH_PHDR",
-        220 => "USB_LINUX_MMAPPED",
-        227 => "CAN_SOCKETCAN",
-        239 => "NFLOG",
-        247 => "INFINIBAND",
-        249 => "USBPCAP",
-        253 => "NETLINK",
-        271 => "VSOCK",
-        _ => "not known here",
+        self.link.restore(&self.header, frame)
     }
 }
 
@@ -290,169 +82,267 @@ enum Order {
 }
 
 impl Order {
-    fn u16(self, bytes: [u8; 2]) -> u16 {
-        match self {
-            Order::Big => u16::from_be_bytes(bytes),
-            Order::Little => u16::from_le_bytes(bytes),
+    fn of(big: bool) -> Self {
+        if big { Order::Big } else { Order::Little }
+    }
+
+    /// Big-endian bytes in this order, and the other way round.
+    fn swap<const N: usize>(self, mut bytes: [u8; N]) -> [u8; N] {
+        if self == Order::Little {
+            bytes.reverse();
         }
+        bytes
     }
 
     fn u32(self, bytes: [u8; 4]) -> u32 {
-        match self {
-            Order::Big => u32::from_be_bytes(bytes),
-            Order::Little => u32::from_le_bytes(bytes),
-        }
+        u32::from_be_bytes(self.swap(bytes))
     }
 
-    fn u64(self, bytes: [u8; 8]) -> u64 {
-        match self {
-            Order::Big => u64::from_be_bytes(bytes),
-            Order::Little => u64::from_le_bytes(bytes),
-        }
+    fn words(self, words: &[u32]) -> Vec<u8> {
+        words
+            .iter()
+            .flat_map(|word| self.swap(word.to_be_bytes()))
+            .collect()
     }
+}
 
-    fn put_u16(self, value: u16) -> [u8; 2] {
-        match self {
-            Order::Big => value.to_be_bytes(),
-            Order::Little => value.to_le_bytes(),
+/// A packet that cannot be used; [`Reader`] adds its number and the file.
+fn invalid(found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Invalid {
+    Invalid::new("packet", found, expected)
+}
+
+/// A file that is no capture; [`Reader`] adds its name.
+fn no_capture(found: impl std::fmt::Display) -> Invalid {
+    Invalid::new("capture", found, "a pcap or pcapng capture")
+}
+
+/// What a file that is no capture seems to be.
+fn foreign(bytes: &[u8]) -> Invalid {
+    let packed = |kind: &str| no_capture(kind).advice("decompress it first");
+    match bytes {
+        [0x1f, 0x8b, ..] => packed("a gzip file"),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => packed("a zstd file"),
+        [0xfd, b'7', b'z', b'X', ..] => packed("an xz file"),
+        [0x0a, 0x0d, 0x0d, 0x0a, ..] => {
+            no_capture("a pcapng section that is cut off, or without byte order")
         }
-    }
-
-    fn put_u32(self, value: u32) -> [u8; 4] {
-        match self {
-            Order::Big => value.to_be_bytes(),
-            Order::Little => value.to_le_bytes(),
-        }
-    }
-
-    fn put_u64(self, value: u64) -> [u8; 8] {
-        match self {
-            Order::Big => value.to_be_bytes(),
-            Order::Little => value.to_le_bytes(),
+        _ => {
+            let start: Vec<_> = bytes.iter().take(4).map(|b| format!("{b:02x}")).collect();
+            no_capture(format!("a file that begins with {}", start.join(" ")))
         }
     }
 }
 
-/// A reader of fixed-size fields over a byte slice; `None` past the end.
-struct Fields<'a> {
+/// Container format of a capture; made by [`Reader::format`] and followed by [`Writer`].
+#[derive(Clone, Debug)]
+pub struct Format {
+    pcapng: bool,
+    /// The file header, or all section headers and interface descriptions read so far, fit for the
+    /// output: what will not hold there is changed.
+    headers: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Format {
+    /// `pcap` or `pcapng`.
+    pub fn name(&self) -> &'static str {
+        if self.pcapng { "pcapng" } else { "pcap" }
+    }
+
+    fn headers(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.headers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add_header(&self, header: &[u8]) -> Result<(), Invalid> {
+        let mut headers = self.headers();
+        if headers.len() + header.len() > MAX_BLOCK {
+            let expected = format!("at most {MAX_BLOCK} bytes of them");
+            return Err(invalid("more sections and interfaces", expected));
+        }
+        headers.extend_from_slice(header);
+        Ok(())
+    }
+}
+
+/// The header with the snap length, which stands at `offset`, raised to what is written. Zero
+/// means no limit.
+fn raise_snap_len(header: &[u8], offset: usize, snap_len: u32, order: Order) -> Vec<u8> {
+    let mut header = header.to_vec();
+    if snap_len != 0 {
+        let raised = order.words(&[snap_len.max(MAX_CAPTURED)]);
+        header[offset..offset + 4].copy_from_slice(&raised);
+    }
+    header
+}
+
+/// A packet as its container holds it.
+struct Record<'a> {
     order: Order,
-    rest: &'a [u8],
+    /// Of a pcapng: its number in the section.
+    interface: Option<u32>,
+    stamp: [u32; 2],
+    original_len: u32,
+    data: &'a [u8],
 }
 
-impl<'a> Fields<'a> {
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (head, rest) = self.rest.split_first_chunk::<N>()?;
-        self.rest = rest;
-        Some(*head)
-    }
-
-    fn u16(&mut self) -> Option<u16> {
-        self.array().map(|bytes| self.order.u16(bytes))
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.array().map(|bytes| self.order.u32(bytes))
-    }
-
-    fn bytes(&mut self, len: usize) -> Option<&'a [u8]> {
-        let (head, rest) = self.rest.split_at_checked(len)?;
-        self.rest = rest;
-        Some(head)
-    }
-
-    /// The next pcapng option, code and value; `None` at the end or at the first damaged one.
-    fn option(&mut self) -> Option<(u16, &'a [u8])> {
-        let code = self.u16()?;
-        let len = usize::from(self.u16()?);
-        if code == 0 {
-            return None;
+impl Record<'_> {
+    fn decode(self, link_type: u32, timestamp: Duration) -> Result<Packet, Invalid> {
+        let len = self.data.len();
+        if len > MAX_CAPTURED as usize {
+            let expected = format!("at most {MAX_CAPTURED} bytes");
+            return Err(invalid(format!("a packet of {len} bytes"), expected).advice(DAMAGED));
         }
-        let value = self.bytes(len)?;
-        let padding = len.next_multiple_of(4) - len;
-        self.rest = self.rest.get(padding..).unwrap_or(&[]);
-        Some((code, value))
+        let link = LinkType::from_number(link_type).ok_or_else(|| {
+            invalid(format!("link type {link_type}"), SUPPORTED)
+                .advice("see what it is: https://www.tcpdump.org/linktypes.html")
+        })?;
+        let header_len = link.header_len();
+        let (header, payload) = self.data.split_at_checked(header_len).ok_or_else(|| {
+            let expected = format!("at least its header of {header_len} bytes");
+            invalid(format!("{len} bytes of link type {link_type}"), expected)
+        })?;
+        Ok(Packet {
+            timestamp,
+            frame: link.frame(header, payload),
+            original_len: self.original_len,
+            truncated: len < self.original_len as usize,
+            captured_len: len as u32,
+            link,
+            header: header.to_vec(),
+            order: self.order,
+            stamp: self.stamp,
+            interface: self.interface,
+            headers: 0,
+        })
     }
 }
 
-mod block {
-    pub const SECTION_HEADER: u32 = 0x0a0d_0d0a;
-    pub const BYTE_ORDER_MAGIC: u32 = 0x1a2b_3c4d;
-    pub const INTERFACE: u32 = 1;
-    pub const OBSOLETE_PACKET: u32 = 2;
-    pub const SIMPLE_PACKET: u32 = 3;
-    pub const ENHANCED_PACKET: u32 = 6;
-    /// Type, length and the length again.
-    pub const OVERHEAD: u32 = 12;
+type Parsed<'a, T> = IResult<&'a [u8], T, PcapError<&'a [u8]>>;
+
+/// What says how to read on.
+enum Container {
+    Pcap(PcapHeader),
+    Pcapng(Section),
 }
 
-mod option {
-    pub const COMMENT: u16 = 1;
-    pub const PACKET_FLAGS: u16 = 2;
-    pub const SPEED: u16 = 8;
-    pub const TIMESTAMP_RESOLUTION: u16 = 9;
-    pub const TIMESTAMP_OFFSET: u16 = 14;
-    /// Interface options that are plain bytes, the same in both byte orders: comment, name,
-    /// description, addresses, resolution, filter, system, FCS length, hardware.
-    pub const PLAIN: [u16; 12] = [1, 2, 3, 4, 5, 6, 7, 9, 11, 12, 13, 15];
+impl Container {
+    /// By the beginning of a file; with the length of the header that is used up.
+    fn detect(bytes: &[u8], headers: &mut Vec<u8>) -> Result<(Self, usize), Invalid> {
+        if parse_sectionheaderblock(bytes).is_ok() {
+            // The section header says the order; its type is the same in both.
+            let section = Section {
+                order: Order::Big,
+                interfaces: Vec::new(),
+            };
+            return Ok((Container::Pcapng(section), 0));
+        }
+        let header = match parse_pcap_header(bytes) {
+            Ok((_, header)) => header,
+            Err(nom::Err::Incomplete(_)) => {
+                return Err(no_capture(format!("a file of {} bytes", bytes.len())));
+            }
+            Err(_) => return Err(foreign(bytes)),
+        };
+        let (major, minor) = (header.version_major, header.version_minor);
+        if (major, minor) != (2, 4) || header.is_modified_format() {
+            let modified = if header.is_modified_format() {
+                ", modified"
+            } else {
+                ""
+            };
+            let found = format!("pcap version {major}.{minor}{modified}");
+            return Err(Invalid::new("capture", found, "version 2.4")
+                .advice("convert it with `editcap -F pcap`"));
+        }
+        let len = header.size();
+        let order = Order::of(header.is_bigendian());
+        *headers = raise_snap_len(&bytes[..len], 16, header.snaplen, order);
+        Ok((Container::Pcap(header), len))
+    }
+
+    /// Takes in the next block or record; gives its length, and its packet if it holds one. `None`
+    /// if it is not read whole.
+    fn next(
+        &mut self,
+        bytes: &[u8],
+        format: &Format,
+    ) -> Result<Option<(usize, Option<Packet>)>, Invalid> {
+        match self {
+            Container::Pcap(header) => {
+                let parsed = match header.is_bigendian() {
+                    true => parse_pcap_frame_be(bytes),
+                    false => parse_pcap_frame(bytes),
+                };
+                let Some((len, record)) = whole(bytes, parsed)? else {
+                    return Ok(None);
+                };
+                Ok(Some((len, Some(legacy_packet(header, &record)?))))
+            }
+            Container::Pcapng(section) => {
+                let Some((len, block)) = whole(bytes, section.parse(bytes))? else {
+                    return Ok(None);
+                };
+                Ok(Some((len, section.take(&block, &bytes[..len], format)?)))
+            }
+        }
+    }
+}
+
+/// What was parsed, with its length; `None` if it is not read whole.
+fn whole<'a, T>(bytes: &'a [u8], parsed: Parsed<'a, T>) -> Result<Option<(usize, T)>, Invalid> {
+    match parsed {
+        Ok((rest, parsed)) => Ok(Some((bytes.len() - rest.len(), parsed))),
+        Err(nom::Err::Incomplete(_)) => Ok(None),
+        Err(_) => Err(invalid("a damaged block", "a whole block").advice(DAMAGED)),
+    }
+}
+
+fn legacy_packet(header: &PcapHeader, record: &LegacyPcapBlock) -> Result<Packet, Invalid> {
+    let seconds = Duration::from_secs(record.ts_sec.into());
+    let unit = [1_000, 1][usize::from(header.is_nanosecond_precision())];
+    let fraction = Duration::from_nanos(u64::from(record.ts_usec) * unit);
+    let packet = Record {
+        order: Order::of(header.is_bigendian()),
+        interface: None,
+        stamp: [record.ts_sec, record.ts_usec],
+        original_len: record.origlen,
+        data: record.data,
+    };
+    packet.decode(header.network.0 as u32 & PCAP_LINK_MASK, seconds + fraction)
 }
 
 /// A pcapng interface.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Interface {
     link_type: u16,
     snap_len: u32,
-    /// `if_tsresol`: a power of ten, or of two with the top bit set; microseconds if absent.
+    /// `if_tsresol`: a power of ten, or of two with the top bit set.
     resolution: u8,
     /// `if_tsoffset`: seconds to add to every stamp.
     offset: i64,
-    /// Byte-order independent options as (code, value), and the speed in bits per second.
-    options: Vec<(u16, Vec<u8>)>,
-    speed: Option<u64>,
 }
 
 impl Interface {
-    fn parse(mut fields: Fields) -> Option<Self> {
-        let link_type = fields.u16()?;
-        let _reserved = fields.u16()?;
-        let snap_len = fields.u32()?;
-        let mut interface = Interface {
-            link_type,
-            snap_len,
-            resolution: 6,
-            offset: 0,
-            options: Vec::new(),
-            speed: None,
-        };
-        let mut room = MAX_OPTIONS;
-        while let Some((code, value)) = fields.option() {
-            interface.take_option(fields.order, code, value, &mut room);
-        }
-        Some(interface)
-    }
-
-    /// Options past `room` bytes are not kept, but still understood.
-    fn take_option(&mut self, order: Order, code: u16, value: &[u8], room: &mut usize) {
-        let number = <[u8; 8]>::try_from(value).map(|bytes| order.u64(bytes));
-        match (code, value, number) {
-            (option::TIMESTAMP_RESOLUTION, [resolution], _) => self.resolution = *resolution,
-            (option::TIMESTAMP_OFFSET, _, Ok(seconds)) => self.offset = seconds as i64,
-            (option::SPEED, _, Ok(speed)) => self.speed = Some(speed),
-            _ if option::PLAIN.contains(&code) => {
-                if let Some(left) = room.checked_sub(value.len() + 4) {
-                    *room = left;
-                    self.options.push((code, value.to_vec()));
-                }
-            }
-            _ => {}
+    fn new(block: &InterfaceDescriptionBlock, order: Order) -> Self {
+        let mut options = block.options.iter();
+        let offset = options.find(|option| option.code == OptionCode::IfTsoffset);
+        Interface {
+            link_type: block.linktype.0 as u16,
+            snap_len: block.snaplen,
+            resolution: block.if_tsresol,
+            // Not `block.if_tsoffset`, which is wrong in big-endian sections.
+            offset: offset
+                .and_then(|option| option.as_bytes().ok()?.try_into().ok())
+                .map_or(0, |seconds| i64::from_be_bytes(order.swap(seconds))),
         }
     }
 
-    fn timestamp(&self, ticks: u64) -> Duration {
+    /// The parser's own conversion knows neither powers of two nor seconds beyond 32 bits.
+    fn timestamp(&self, stamp: [u32; 2]) -> Duration {
         let exponent = u32::from(self.resolution & 0x7f);
         let base: u128 = if self.resolution & 0x80 == 0 { 10 } else { 2 };
         // A unit too small for 128 bits leaves nothing of 64 bits of ticks.
         let per_second = base.checked_pow(exponent).unwrap_or(u128::MAX);
-        let ticks = u128::from(ticks);
+        let ticks = u128::from(stamp[0]) << 32 | u128::from(stamp[1]);
         let seconds = (ticks / per_second) as i128 + i128::from(self.offset);
         let nanoseconds = (ticks % per_second) * 1_000_000_000 / per_second;
         match u64::try_from(seconds) {
@@ -460,223 +350,113 @@ impl Interface {
             Err(_) => Duration::ZERO,
         }
     }
-
-    fn block(&self, order: Order) -> Vec<u8> {
-        let mut body = Vec::new();
-        body.extend(order.put_u16(self.link_type));
-        body.extend([0; 2]);
-        // Zero means no limit.
-        let snap_len = match self.snap_len {
-            0 => 0,
-            limit => limit.max(MAX_CAPTURED),
-        };
-        body.extend(order.put_u32(snap_len));
-        for (code, value) in &self.options {
-            put_option(&mut body, order, *code, value);
-        }
-        if let Some(speed) = self.speed {
-            put_option(&mut body, order, option::SPEED, &order.put_u64(speed));
-        }
-        if self.resolution != 6 {
-            let code = option::TIMESTAMP_RESOLUTION;
-            put_option(&mut body, order, code, &[self.resolution]);
-        }
-        if self.offset != 0 {
-            let seconds = order.put_u64(self.offset as u64);
-            put_option(&mut body, order, option::TIMESTAMP_OFFSET, &seconds);
-        }
-        if body.len() > 8 {
-            body.extend([0; 4]);
-        }
-        enclose(order, block::INTERFACE, &body)
-    }
 }
 
-fn put_option(body: &mut Vec<u8>, order: Order, code: u16, value: &[u8]) {
-    body.extend(order.put_u16(code));
-    body.extend(order.put_u16(value.len() as u16));
-    body.extend_from_slice(value);
-    body.resize(body.len().next_multiple_of(4), 0);
-}
-
-/// A pcapng block around `body`, whose length is a multiple of four.
-fn enclose(order: Order, kind: u32, body: &[u8]) -> Vec<u8> {
-    let len = order.put_u32(body.len() as u32 + block::OVERHEAD);
-    let mut block = Vec::with_capacity(body.len() + block::OVERHEAD as usize);
-    block.extend(order.put_u32(kind));
-    block.extend(len);
-    block.extend_from_slice(body);
-    block.extend(len);
-    block
-}
-
-/// Container format of a capture; made by [`Reader::format`] and followed by [`Writer`].
-#[derive(Clone, Debug)]
-pub struct Format(Container);
-
-#[derive(Clone, Debug)]
-enum Container {
-    Pcap(PcapHeader),
-    Pcapng {
-        /// Byte order of the first section; the output is one section.
-        order: Order,
-        /// Every interface read so far, through all sections; the writer copies them from here.
-        interfaces: Arc<Mutex<Vec<Interface>>>,
-    },
-}
-
-impl Format {
-    /// `pcap` or `pcapng`.
-    pub fn name(&self) -> &'static str {
-        match self.0 {
-            Container::Pcap(_) => "pcap",
-            Container::Pcapng { .. } => "pcapng",
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct PcapHeader {
+/// The pcapng section being read.
+struct Section {
     order: Order,
-    nanoseconds: bool,
-    snap_len: u32,
-    /// Link type in the low 26 bits, FCS length above.
-    link: u32,
+    interfaces: Vec<Interface>,
 }
 
-const PCAP_MICROSECONDS: u32 = 0xa1b2_c3d4;
-const PCAP_NANOSECONDS: u32 = 0xa1b2_3c4d;
-const PCAP_LINK_MASK: u32 = 0x03ff_ffff;
-const PCAP_VERSION: (u16, u16) = (2, 4);
-
-/// Byte order and whether stamps are in nanoseconds, by the first four bytes of a pcap file.
-fn pcap_magic(magic: [u8; 4]) -> Option<(Order, bool)> {
-    [Order::Big, Order::Little]
-        .into_iter()
-        .find_map(|order| match order.u32(magic) {
-            PCAP_MICROSECONDS => Some((order, false)),
-            PCAP_NANOSECONDS => Some((order, true)),
-            _ => None,
-        })
-}
-
-/// What a file that is no supported capture seems to be, and what to do about it.
-fn foreign_magic(magic: [u8; 4]) -> (String, &'static str) {
-    const CONVERT: &str = "convert it with `editcap -F pcap`";
-    const UNPACK: &str = "decompress it first";
-    match magic {
-        [0x1f, 0x8b, ..] => ("a gzip file".into(), UNPACK),
-        [0x28, 0xb5, 0x2f, 0xfd] => ("a zstd file".into(), UNPACK),
-        [0xfd, b'7', b'z', b'X'] => ("an xz file".into(), UNPACK),
-        [b's', b'n', b'o', b'o'] => ("a snoop capture".into(), CONVERT),
-        [0xa1, 0xb2, 0xcd, 0x34] | [0x34, 0xcd, 0xb2, 0xa1] => {
-            ("a pcap file with modified record headers".into(), CONVERT)
-        }
-        [a, b, c, d] => (
-            format!("a file that begins with {a:02x} {b:02x} {c:02x} {d:02x}"),
-            "",
-        ),
-    }
-}
-
-/// The bytes of a capture, with the position an error names.
-struct Input {
-    source: BufReader<Box<dyn Read + Send>>,
-    file: Option<PathBuf>,
-    /// Packets read so far.
-    packets: u64,
-    /// Bytes read so far.
-    offset: u64,
-}
-
-impl Input {
-    fn invalid_at(&self, path: String, found: String, expected: &str) -> Invalid {
-        Invalid {
-            file: self.file.clone(),
-            ..Invalid::new(path, found, expected)
+impl Section {
+    /// The next block. Those not used are not looked into, damaged or not.
+    fn parse<'a>(&self, bytes: &'a [u8]) -> Parsed<'a, Block<'a>> {
+        let kind = bytes.first_chunk().map(|kind| self.order.u32(*kind));
+        let used = matches!(kind, Some(SHB_MAGIC | IDB_MAGIC | SPB_MAGIC | EPB_MAGIC));
+        let unused = |(rest, block)| (rest, Block::Unknown(block));
+        match (self.order, used) {
+            (Order::Big, true) => parse_block_be(bytes),
+            (Order::Little, true) => parse_block_le(bytes),
+            (Order::Big, false) => parse_unknownblock_be(bytes).map(unused),
+            (Order::Little, false) => parse_unknownblock_le(bytes).map(unused),
         }
     }
 
-    /// The packet about to be read cannot be used.
-    fn invalid(&self, found: impl ToString, expected: &str) -> Invalid {
-        let path = format!("packet {}", self.packets + 1);
-        self.invalid_at(path, found.to_string(), expected)
-    }
-
-    /// The beginning of the file cannot be used.
-    fn invalid_file(&self, found: impl ToString, expected: &str) -> Invalid {
-        self.invalid_at("capture".into(), found.to_string(), expected)
-    }
-
-    fn cut(&self) -> anyhow::Error {
-        let found = format!(
-            "the file ends in the middle, at byte {} after {} whole packets",
-            self.offset, self.packets
-        );
-        self.invalid(found, "a whole capture")
-            .advice("capture again, or keep the whole packets with `editcap` or `tcpdump -r`")
-            .into()
-    }
-
-    fn failure(&self, error: io::Error) -> anyhow::Error {
-        let name = self.file.as_deref().unwrap_or(Path::new("the capture"));
-        anyhow::Error::new(error).context(format!(
-            "reading {} at packet {}",
-            name.display(),
-            self.packets + 1
-        ))
-    }
-
-    /// Up to `len` bytes: fewer only at the end of the file. Memory grows with what is there.
-    fn up_to(&mut self, len: usize) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        let result = (&mut self.source).take(len as u64).read_to_end(&mut bytes);
-        self.offset += bytes.len() as u64;
-        match result {
-            Ok(_) => Ok(bytes),
-            Err(error) => Err(self.failure(error)),
-        }
-    }
-
-    fn bytes(&mut self, len: usize) -> Result<Vec<u8>> {
-        let bytes = self.up_to(len)?;
-        if bytes.len() < len {
-            return Err(self.cut());
-        }
-        Ok(bytes)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
-        self.array_or_end()?.ok_or_else(|| self.cut())
-    }
-
-    /// `None` if the file ends here.
-    fn array_or_end<const N: usize>(&mut self) -> Result<Option<[u8; N]>> {
-        let mut bytes = [0; N];
-        let mut filled = 0;
-        while filled < N {
-            match self.source.read(&mut bytes[filled..]) {
-                Ok(0) if filled == 0 => return Ok(None),
-                Ok(0) => return Err(self.cut()),
-                Ok(len) => {
-                    filled += len;
-                    self.offset += len as u64;
+    /// Takes in a block, whose bytes are `raw`; gives its packet, if it holds one.
+    fn take(
+        &mut self,
+        block: &Block,
+        raw: &[u8],
+        format: &Format,
+    ) -> Result<Option<Packet>, Invalid> {
+        match block {
+            Block::SectionHeader(block) => {
+                if block.major_version != 1 {
+                    let found = format!("pcapng version {}", block.major_version);
+                    return Err(invalid(found, "version 1"));
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.failure(error)),
+                self.order = Order::of(block.big_endian());
+                self.interfaces.clear();
+                // The length of the section becomes unknown.
+                format.add_header(&[&raw[..16], &[0xff; 8], &raw[24..]].concat())?;
+                Ok(None)
             }
+            Block::InterfaceDescription(block) => {
+                let header = raise_snap_len(raw, 12, block.snaplen, self.order);
+                format.add_header(&header)?;
+                self.interfaces.push(Interface::new(block, self.order));
+                Ok(None)
+            }
+            Block::EnhancedPacket(packet) => {
+                let stamp = [packet.ts_high, packet.ts_low];
+                self.packet(packet.if_id, stamp, packet.origlen, packet.packet_data())
+            }
+            Block::SimplePacket(packet) => {
+                let data = packet.packet_data();
+                let limit = self.interfaces.first().map(|first| first.snap_len as usize);
+                let cut = limit.filter(|limit| (1..data.len()).contains(limit));
+                let data = &data[..cut.unwrap_or(data.len())];
+                self.packet(0, [0, 0], packet.origlen, data)
+            }
+            Block::Unknown(block)
+                if self.order.u32(block.block_type.to_le_bytes()) == OBSOLETE_PACKET =>
+            {
+                self.obsolete_packet(block.data)
+            }
+            _ => Ok(None),
         }
-        Ok(Some(bytes))
     }
 
-    fn skip(&mut self, len: u64) -> Result<()> {
-        let skipped = io::copy(&mut (&mut self.source).take(len), &mut io::sink())
-            .map_err(|error| self.failure(error))?;
-        self.offset += skipped;
-        if skipped < len {
-            return Err(self.cut());
-        }
-        Ok(())
+    fn packet(
+        &self,
+        number: u32,
+        stamp: [u32; 2],
+        original_len: u32,
+        data: &[u8],
+    ) -> Result<Option<Packet>, Invalid> {
+        let interface = self.interfaces.get(number as usize).ok_or_else(|| {
+            let there_are = self.interfaces.len();
+            let expected = format!("one of the {there_are} interfaces of the section");
+            invalid(format!("interface {number}"), expected)
+        })?;
+        let record = Record {
+            order: self.order,
+            interface: Some(number),
+            stamp,
+            original_len,
+            data,
+        };
+        let packet = record.decode(interface.link_type.into(), interface.timestamp(stamp));
+        packet.map(Some)
+    }
+
+    /// The obsolete Packet Block, which `pcap-parser` does not know: as an Enhanced Packet Block,
+    /// but the first word is a shorter interface number and a count of drops.
+    fn obsolete_packet(&self, body: &[u8]) -> Result<Option<Packet>, Invalid> {
+        let word = |number: usize| {
+            let bytes = body.get(number * 4..)?.first_chunk()?;
+            Some(self.order.u32(*bytes))
+        };
+        let fields = || {
+            let number = u16::from_be_bytes(self.order.swap(*body.first_chunk()?));
+            let data = body.get(20..)?.get(..word(3)? as usize)?;
+            Some((number, [word(1)?, word(2)?], word(4)?, data))
+        };
+        let (number, stamp, original_len, data) = fields().ok_or_else(|| {
+            let found = format!("a packet block of {} bytes", body.len());
+            invalid(found, "a block that holds its header and its data")
+        })?;
+        self.packet(number.into(), stamp, original_len, data)
     }
 }
 
@@ -685,20 +465,18 @@ impl Input {
 /// Iterating gives [`Invalid`] for a link type that is not supported, and for a damaged or cut
 /// file, naming the packet (counted from 1); nothing follows an error.
 pub struct Reader {
-    input: Input,
+    source: Box<dyn Read + Send>,
+    file: Option<PathBuf>,
+    /// What has been read; used up to `start`.
+    buffer: Vec<u8>,
+    start: usize,
+    container: Container,
     format: Format,
-    /// The section being read (pcapng).
-    section: Section,
+    /// Packets read so far.
+    packets: u64,
     /// Device and inode of the file, so that it is not overwritten while being read.
     identity: Option<(u64, u64)>,
     done: bool,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Section {
-    order: Order,
-    /// Number of its first interface in the file.
-    first_interface: usize,
 }
 
 impl Reader {
@@ -708,14 +486,11 @@ impl Reader {
     /// [`Invalid`] if there is no such file or it is not a capture, [`Refused`] (denied) if it may
     /// not be read.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|error| unusable("read", path, error))?;
-        let metadata = file
-            .metadata()
-            .map_err(|error| unusable("read", path, error))?;
-        if metadata.is_dir() {
-            let error = io::Error::from(ErrorKind::IsADirectory);
-            return Err(unusable("read", path, error));
-        }
+        let opened = File::open(path).and_then(|file| match file.metadata()? {
+            metadata if metadata.is_dir() => Err(ErrorKind::IsADirectory.into()),
+            metadata => Ok((file, metadata)),
+        });
+        let (file, metadata) = opened.map_err(|error| unusable("read", path, error))?;
         let mut reader = Reader::start(Box::new(file), Some(path.to_owned()))?;
         reader.identity = Some(identity(&metadata));
         Ok(reader)
@@ -729,21 +504,27 @@ impl Reader {
         Reader::start(Box::new(source), None)
     }
 
-    fn start(source: Box<dyn Read + Send>, file: Option<PathBuf>) -> Result<Self> {
-        let mut input = Input {
-            source: BufReader::with_capacity(1 << 16, source),
-            file,
-            packets: 0,
-            offset: 0,
+    fn start(mut source: Box<dyn Read + Send>, file: Option<PathBuf>) -> Result<Self> {
+        let mut buffer = Vec::new();
+        fill(&mut source, &mut buffer).with_context(|| reading(file.as_deref()))?;
+        let mut headers = Vec::new();
+        let (container, start) =
+            Container::detect(&buffer, &mut headers).map_err(|invalid| Invalid {
+                file: file.clone(),
+                ..invalid
+            })?;
+        let format = Format {
+            pcapng: matches!(container, Container::Pcapng(_)),
+            headers: Arc::new(Mutex::new(headers)),
         };
-        let (format, order) = read_format(&mut input)?;
         Ok(Reader {
-            input,
+            source,
+            file,
+            buffer,
+            start,
+            container,
             format,
-            section: Section {
-                order,
-                first_interface: 0,
-            },
+            packets: 0,
             identity: None,
             done: false,
         })
@@ -759,98 +540,69 @@ impl Reader {
     /// # Errors
     /// As the iterator.
     pub fn next_packet(&mut self) -> Result<Option<Packet>> {
-        let packet = match &self.format.0 {
-            Container::Pcap(header) => next_record(&mut self.input, *header),
-            Container::Pcapng { interfaces, .. } => {
-                let interfaces = Arc::clone(interfaces);
-                self.next_in_blocks(&interfaces)
-            }
-        }?;
-        if packet.is_some() {
-            self.input.packets += 1;
-        }
-        Ok(packet)
-    }
-
-    fn next_in_blocks(&mut self, interfaces: &Mutex<Vec<Interface>>) -> Result<Option<Packet>> {
         loop {
-            let Some(kind) = self.input.array_or_end()? else {
-                return Ok(None);
-            };
-            match self.section.order.u32(kind) {
-                block::SECTION_HEADER => self.start_section(interfaces)?,
-                block::INTERFACE => self.add_interface(interfaces)?,
-                kind @ (block::ENHANCED_PACKET | block::SIMPLE_PACKET | block::OBSOLETE_PACKET) => {
-                    let body = read_block(&mut self.input, self.section.order)?;
-                    return self.packet(kind, &body, interfaces).map(Some);
+            let bytes = &self.buffer[self.start..];
+            let next = self.container.next(bytes, &self.format);
+            let Some((len, packet)) = next.map_err(|invalid| self.located(invalid))? else {
+                if !self.refill()? {
+                    return Ok(None);
                 }
-                _ => skip_block(&mut self.input, self.section.order)?,
+                continue;
+            };
+            self.start += len;
+            if let Some(mut packet) = packet {
+                packet.headers = self.format.headers().len();
+                self.packets += 1;
+                return Ok(Some(packet));
             }
         }
     }
 
-    fn start_section(&mut self, interfaces: &Mutex<Vec<Interface>>) -> Result<()> {
-        self.section = Section {
-            order: read_section(&mut self.input)?,
-            first_interface: locked(interfaces).len(),
-        };
-        Ok(())
-    }
-
-    fn add_interface(&mut self, interfaces: &Mutex<Vec<Interface>>) -> Result<()> {
-        let order = self.section.order;
-        let body = read_block(&mut self.input, order)?;
-        let fields = Fields { order, rest: &body };
-        let interface = Interface::parse(fields).ok_or_else(|| {
-            let found = format!("an interface block of {} bytes before it", body.len());
-            self.input.invalid(found, "at least 8 bytes")
-        })?;
-        let mut interfaces = locked(interfaces);
-        if interfaces.len() == MAX_INTERFACES {
-            let expected = format!("at most {MAX_INTERFACES} interfaces");
-            return Err(self.input.invalid("more interfaces", &expected).into());
+    /// Reads on; false if the capture ends here.
+    fn refill(&mut self) -> Result<bool> {
+        self.buffer.drain(..self.start);
+        self.start = 0;
+        let left = self.buffer.len();
+        if left >= MAX_BLOCK {
+            let expected = format!("at most {MAX_BLOCK} bytes");
+            return Err(self.located(invalid("a longer block", expected).advice(DAMAGED)));
         }
-        interfaces.push(interface);
-        Ok(())
+        let more = fill(&mut self.source, &mut self.buffer)
+            .with_context(|| format!("at packet {}", self.packets + 1))
+            .with_context(|| reading(self.file.as_deref()))?;
+        if !more && left > 0 {
+            let found = format!(
+                "the file ends in the middle, or is damaged, after {} whole packets",
+                self.packets
+            );
+            let cut = invalid(found, "a whole capture")
+                .advice("capture again, or keep the whole packets with `editcap` or `tcpdump -r`");
+            return Err(self.located(cut));
+        }
+        Ok(more)
     }
 
-    fn packet(&self, kind: u32, body: &[u8], interfaces: &Mutex<Vec<Interface>>) -> Result<Packet> {
-        let fields = Fields {
-            order: self.section.order,
-            rest: body,
+    /// With the file, and the number of the packet about to be read.
+    fn located(&self, invalid: Invalid) -> anyhow::Error {
+        let located = Invalid {
+            file: self.file.clone(),
+            path: format!("packet {}", self.packets + 1),
+            ..invalid
         };
-        let interfaces = locked(interfaces);
-        let known = &interfaces[self.section.first_interface..];
-        let parsed = match kind {
-            block::SIMPLE_PACKET => ParsedBlock::simple(fields, known),
-            _ => ParsedBlock::enhanced(fields, kind),
-        };
-        let parsed = parsed.ok_or_else(|| {
-            let found = format!("a packet block of {} bytes", body.len());
-            self.input
-                .invalid(found, "a block that holds its header and its data")
-        })?;
-        let interface = known.get(parsed.interface as usize).ok_or_else(|| {
-            let found = format!("interface {}", parsed.interface);
-            let expected = format!("one of the {} interfaces of the section", known.len());
-            self.input.invalid(found, &expected)
-        })?;
-        check_captured(&self.input, parsed.data.len())?;
-        let ticks = parsed.ticks;
-        let mut packet = decode(
-            &self.input,
-            u32::from(interface.link_type),
-            parsed.data.to_vec(),
-            parsed.original_len,
-        )?;
-        packet.timestamp = ticks.map_or(Duration::ZERO, |ticks| interface.timestamp(ticks));
-        packet.stamp = Stamp::Pcapng {
-            ticks: ticks.unwrap_or(0),
-        };
-        packet.interface = self.section.first_interface as u32 + parsed.interface;
-        packet.options = parsed.options;
-        Ok(packet)
+        located.into()
     }
+}
+
+/// Appends the next [`CHUNK`] or what is left; false at the end.
+fn fill(source: &mut impl Read, buffer: &mut Vec<u8>) -> io::Result<bool> {
+    Ok(source.take(CHUNK).read_to_end(buffer)? > 0)
+}
+
+fn reading(file: Option<&Path>) -> String {
+    format!(
+        "reading {}",
+        file.unwrap_or(Path::new("the capture")).display()
+    )
 }
 
 impl Iterator for Reader {
@@ -864,10 +616,6 @@ impl Iterator for Reader {
         self.done = !matches!(next, Some(Ok(_)));
         next
     }
-}
-
-fn locked(interfaces: &Mutex<Vec<Interface>>) -> std::sync::MutexGuard<'_, Vec<Interface>> {
-    interfaces.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn identity(metadata: &Metadata) -> (u64, u64) {
@@ -891,278 +639,19 @@ fn unusable(verb: &str, path: &Path, error: io::Error) -> anyhow::Error {
     }
 }
 
-fn read_format(input: &mut Input) -> Result<(Format, Order)> {
-    const EXPECTED: &str = "a pcap or pcapng capture";
-    let magic = input.up_to(4)?;
-    let Ok(magic) = <[u8; 4]>::try_from(&magic[..]) else {
-        let found = format!("a file of {} bytes", magic.len());
-        return Err(input.invalid_file(found, EXPECTED).into());
-    };
-    if u32::from_be_bytes(magic) == block::SECTION_HEADER {
-        let order = read_section(input)?;
-        let interfaces = Arc::default();
-        return Ok((Format(Container::Pcapng { order, interfaces }), order));
-    }
-    let Some((order, nanoseconds)) = pcap_magic(magic) else {
-        let (found, advice) = foreign_magic(magic);
-        return Err(input.invalid_file(found, EXPECTED).advice(advice).into());
-    };
-    let rest: [u8; 20] = input.array()?;
-    let mut fields = Fields { order, rest: &rest };
-    let version = (fields.u16(), fields.u16());
-    let (Some(_zone), Some(_accuracy), Some(snap_len), Some(link)) =
-        (fields.u32(), fields.u32(), fields.u32(), fields.u32())
-    else {
-        return Err(input.cut());
-    };
-    if version != (Some(PCAP_VERSION.0), Some(PCAP_VERSION.1)) {
-        let (major, minor) = (version.0.unwrap_or(0), version.1.unwrap_or(0));
-        return Err(input
-            .invalid_file(format!("pcap version {major}.{minor}"), "version 2.4")
-            .advice("convert it with `editcap -F pcap`")
-            .into());
-    }
-    let header = PcapHeader {
-        order,
-        nanoseconds,
-        snap_len,
-        link,
-    };
-    Ok((Format(Container::Pcap(header)), order))
-}
-
-fn next_record(input: &mut Input, header: PcapHeader) -> Result<Option<Packet>> {
-    let Some(record) = input.array_or_end::<16>()? else {
-        return Ok(None);
-    };
-    let mut fields = Fields {
-        order: header.order,
-        rest: &record,
-    };
-    let (Some(seconds), Some(fraction), Some(captured), Some(original)) =
-        (fields.u32(), fields.u32(), fields.u32(), fields.u32())
-    else {
-        return Err(input.cut());
-    };
-    check_captured(input, captured as usize)?;
-    let data = input.bytes(captured as usize)?;
-    let mut packet = decode(input, header.link & PCAP_LINK_MASK, data, original)?;
-    let unit = if header.nanoseconds { 1 } else { 1_000 };
-    packet.timestamp =
-        Duration::from_secs(seconds.into()) + Duration::from_nanos(u64::from(fraction) * unit);
-    packet.stamp = Stamp::Pcap { seconds, fraction };
-    Ok(Some(packet))
-}
-
-fn check_captured(input: &Input, captured: usize) -> Result<()> {
-    if captured > MAX_CAPTURED as usize {
-        let expected = format!("at most {MAX_CAPTURED} bytes");
-        return Err(input
-            .invalid(format!("a packet of {captured} bytes"), &expected)
-            .advice("the file is damaged, or not a capture")
-            .into());
-    }
-    Ok(())
-}
-
-/// A packet without its stamp, interface and options.
-fn decode(input: &Input, link_type: u32, data: Vec<u8>, original_len: u32) -> Result<Packet> {
-    let supported = LinkType::from_number(link_type).ok_or_else(|| {
-        let found = format!("link type {link_type} ({})", link_type_name(link_type));
-        input.invalid(found, SUPPORTED)
-    })?;
-    let captured_len = data.len() as u32;
-    let (frame, link) = supported.decode(data).map_err(|header| {
-        let found = format!("{captured_len} bytes of link type {link_type}");
-        let expected = format!("at least its header of {header} bytes");
-        input.invalid(found, &expected)
-    })?;
-    Ok(Packet {
-        timestamp: Duration::ZERO,
-        frame,
-        original_len,
-        truncated: captured_len < original_len,
-        captured_len,
-        link,
-        stamp: Stamp::Pcapng { ticks: 0 },
-        interface: 0,
-        options: PacketOptions::default(),
-    })
-}
-
-/// The rest of a section header block, after its type.
-fn read_section(input: &mut Input) -> Result<Order> {
-    let len: [u8; 4] = input.array()?;
-    let magic: [u8; 4] = input.array()?;
-    let order = [Order::Big, Order::Little]
-        .into_iter()
-        .find(|order| order.u32(magic) == block::BYTE_ORDER_MAGIC)
-        .ok_or_else(|| input.invalid("a section without byte order", "a pcapng section"))?;
-    let version: [u8; 2] = input.array()?;
-    let major = order.u16(version);
-    if major != 1 {
-        let found = format!("pcapng version {major}");
-        return Err(input.invalid(found, "version 1").into());
-    }
-    let len = order.u32(len);
-    // Read so far: type, length, magic and half the version.
-    skip_rest(input, order, len, 14)?;
-    Ok(order)
-}
-
-/// Skips what is left of a block of `len` bytes, `read` of which have been read.
-fn skip_rest(input: &mut Input, order: Order, len: u32, read: u32) -> Result<()> {
-    let rest = check_block_len(input, len)?
-        .checked_sub(read + 4)
-        .ok_or_else(|| block_len_error(input, len))?;
-    input.skip(rest.into())?;
-    read_trailer(input, order, len)
-}
-
-fn skip_block(input: &mut Input, order: Order) -> Result<()> {
-    let len = order.u32(input.array()?);
-    skip_rest(input, order, len, 8)
-}
-
-/// The body of a block, after its type.
-fn read_block(input: &mut Input, order: Order) -> Result<Vec<u8>> {
-    let len = order.u32(input.array()?);
-    check_block_len(input, len)?;
-    if len > MAX_BLOCK {
-        let expected = format!("at most {MAX_BLOCK} bytes");
-        return Err(input
-            .invalid(format!("a block of {len} bytes"), &expected)
-            .advice("the file is damaged, or not a capture")
-            .into());
-    }
-    let body = input.bytes((len - block::OVERHEAD) as usize)?;
-    read_trailer(input, order, len)?;
-    Ok(body)
-}
-
-fn check_block_len(input: &Input, len: u32) -> Result<u32> {
-    if len < block::OVERHEAD || len % 4 != 0 {
-        return Err(block_len_error(input, len).into());
-    }
-    Ok(len)
-}
-
-fn block_len_error(input: &Input, len: u32) -> Invalid {
-    input
-        .invalid(
-            format!("a block of {len} bytes"),
-            "a multiple of four that holds the block's header",
-        )
-        .advice("the file is damaged, or not a capture")
-}
-
-fn read_trailer(input: &mut Input, order: Order, len: u32) -> Result<()> {
-    let trailer = order.u32(input.array()?);
-    if trailer != len {
-        let found = format!("a block of {len} bytes whose end says {trailer}");
-        return Err(input
-            .invalid(found, "the same length twice")
-            .advice("the file is damaged")
-            .into());
-    }
-    Ok(())
-}
-
-/// A packet block of any kind.
-struct ParsedBlock<'a> {
-    /// Within the section.
-    interface: u32,
-    ticks: Option<u64>,
-    original_len: u32,
-    data: &'a [u8],
-    options: PacketOptions,
-}
-
-impl<'a> ParsedBlock<'a> {
-    /// Enhanced and obsolete packet blocks: they differ in the first word only, and the obsolete
-    /// one's options have the same codes.
-    fn enhanced(mut fields: Fields<'a>, kind: u32) -> Option<Self> {
-        let interface = if kind == block::OBSOLETE_PACKET {
-            let interface = fields.u16()?;
-            let _drops = fields.u16()?;
-            u32::from(interface)
-        } else {
-            fields.u32()?
-        };
-        let high = fields.u32()?;
-        let low = fields.u32()?;
-        let captured = fields.u32()? as usize;
-        let original_len = fields.u32()?;
-        let data = fields.bytes(captured)?;
-        fields.bytes(captured.checked_next_multiple_of(4)? - captured)?;
-        Some(ParsedBlock {
-            interface,
-            ticks: Some(u64::from(high) << 32 | u64::from(low)),
-            original_len,
-            data,
-            options: PacketOptions::parse(fields),
-        })
-    }
-
-    /// A simple packet belongs to the first interface, whose snap length cuts it.
-    fn simple(mut fields: Fields<'a>, interfaces: &[Interface]) -> Option<Self> {
-        let original_len = fields.u32()?;
-        let limit = match interfaces.first() {
-            Some(interface) if interface.snap_len != 0 => interface.snap_len,
-            _ => u32::MAX,
-        };
-        Some(ParsedBlock {
-            interface: 0,
-            ticks: None,
-            original_len,
-            data: fields.bytes(original_len.min(limit) as usize)?,
-            options: PacketOptions::default(),
-        })
-    }
-}
-
-impl PacketOptions {
-    fn parse(mut fields: Fields) -> Self {
-        let mut options = PacketOptions::default();
-        while let Some((code, value)) = fields.option() {
-            match (code, <[u8; 4]>::try_from(value)) {
-                (option::COMMENT, _) => options.comments.push(value.to_vec()),
-                (option::PACKET_FLAGS, Ok(flags)) => {
-                    options.flags = Some(fields.order.u32(flags));
-                }
-                _ => {}
-            }
-        }
-        options
-    }
-
-    fn put(&self, body: &mut Vec<u8>, order: Order) {
-        for comment in &self.comments {
-            put_option(body, order, option::COMMENT, comment);
-        }
-        if let Some(flags) = self.flags {
-            let flags = order.put_u32(flags);
-            put_option(body, order, option::PACKET_FLAGS, &flags);
-        }
-        if *self != PacketOptions::default() {
-            body.extend([0; 4]);
-        }
-    }
-}
-
-/// Writes packets in the format they were read in: the same container, byte order, link types,
-/// timestamp units and stamps, and a snap length of at least [`MAX_CAPTURED`].
+/// Writes packets in the format they were read in: the same container, sections, byte order,
+/// interfaces with their options, timestamp units and stamps, and a snap length of at least
+/// [`MAX_CAPTURED`].
 ///
-/// A pcapng file becomes one section with all interfaces, names included; every packet becomes an
-/// Enhanced Packet (a Simple Packet, which has no stamp, with stamp 0), its comments and flags kept.
-/// Statistics, name resolution and other blocks are not copied. A frame check sequence of the
-/// capture counts as payload and is not recomputed.
+/// Every packet of a pcapng becomes an Enhanced Packet without options (a Simple Packet, which has
+/// no stamp, with stamp 0); blocks other than packets, sections and interfaces are not copied. A
+/// frame check sequence of the capture counts as payload and is not recomputed.
 pub struct Writer {
     output: BufWriter<Box<dyn Write + Send>>,
     name: PathBuf,
     format: Format,
-    /// Interfaces written so far (pcapng).
-    interfaces: usize,
+    /// Bytes of the format's headers written so far.
+    headers: usize,
 }
 
 impl Writer {
@@ -1181,30 +670,70 @@ impl Writer {
             }
         }
         let file = File::create(path).map_err(|error| unusable("write", path, error))?;
-        Writer::start(Box::new(file), path.to_owned(), reader.format())
+        let mut writer = Writer::new(file, reader.format());
+        writer.name = path.to_owned();
+        Ok(writer)
     }
 
     /// Writes to anything writable; it is buffered here.
-    ///
-    /// # Errors
-    /// Those of the output.
-    pub fn new(output: impl Write + Send + 'static, format: Format) -> Result<Self> {
-        Writer::start(Box::new(output), "the output".into(), format)
+    pub fn new(output: impl Write + Send + 'static, format: Format) -> Self {
+        Writer {
+            output: BufWriter::with_capacity(1 << 16, Box::new(output)),
+            name: "the output".into(),
+            format,
+            headers: 0,
+        }
     }
 
-    fn start(output: Box<dyn Write + Send>, name: PathBuf, format: Format) -> Result<Self> {
-        let header = match &format.0 {
-            Container::Pcap(header) => header.file_header(),
-            Container::Pcapng { order, .. } => section_header(*order),
+    /// Writes `frame`, which came from `packet`, with its stamp. Packets are written in the order
+    /// they were read in.
+    ///
+    /// The original length follows: it changes by as many bytes as the packet did, so that a
+    /// truncated packet stays truncated.
+    ///
+    /// # Errors
+    /// Those of the output; a packet of more than [`MAX_CAPTURED`] bytes, of another capture or
+    /// out of order.
+    pub fn write(&mut self, packet: &Packet, frame: &[u8]) -> Result<()> {
+        let mut data = packet.restore(frame);
+        ensure!(
+            data.len() <= MAX_CAPTURED as usize,
+            "a packet of {} bytes does not fit into a capture",
+            data.len()
+        );
+        ensure!(
+            packet.interface.is_some() == self.format.pcapng,
+            "the packet comes from a capture of another format than {}",
+            self.format.name()
+        );
+        self.put_headers(packet.headers)?;
+        let order = packet.order;
+        let [high, low] = packet.stamp;
+        let len = data.len() as u32;
+        let missing = packet.original_len.saturating_sub(packet.captured_len);
+        let original = missing.saturating_add(len);
+        let Some(interface) = packet.interface else {
+            self.put(&order.words(&[high, low, len, original]))?;
+            return self.put(&data);
         };
-        let mut writer = Writer {
-            output: BufWriter::with_capacity(1 << 16, output),
-            name,
-            format,
-            interfaces: 0,
-        };
-        writer.put(&header)?;
-        Ok(writer)
+        data.resize(data.len().next_multiple_of(4), 0);
+        let block = data.len() as u32 + 32;
+        let header = [EPB_MAGIC, block, interface, high, low, len, original];
+        self.put(&order.words(&header))?;
+        self.put(&data)?;
+        self.put(&order.words(&[block]))
+    }
+
+    /// Writes the headers that stand before `end` and are not written yet.
+    fn put_headers(&mut self, end: usize) -> Result<()> {
+        let format = self.format.clone();
+        let headers = format.headers();
+        let headers = headers
+            .get(self.headers..end)
+            .context("the packet comes from another capture, or before the last one written")?;
+        self.put(headers)?;
+        self.headers = end;
+        Ok(())
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
@@ -1213,113 +742,33 @@ impl Writer {
             .with_context(|| format!("writing {}", self.name.display()))
     }
 
-    /// Writes `frame`, which came from `packet`, with its stamp.
-    ///
-    /// The original length follows: it changes by as many bytes as the packet did, so that a
-    /// truncated packet stays truncated.
-    ///
-    /// # Errors
-    /// Those of the output; a packet of more than [`MAX_CAPTURED`] bytes, or of another capture.
-    pub fn write(&mut self, packet: &Packet, frame: &[u8]) -> Result<()> {
-        let data = packet.restore(frame);
-        ensure!(
-            data.len() <= MAX_CAPTURED as usize,
-            "a packet of {} bytes does not fit into a capture",
-            data.len()
-        );
-        let original = i64::from(packet.original_len) - i64::from(packet.captured_len);
-        let original = (original.max(0) + data.len() as i64).min(u32::MAX.into()) as u32;
-        match (&self.format.0, packet.stamp) {
-            (Container::Pcap(header), Stamp::Pcap { seconds, fraction }) => {
-                let order = header.order;
-                let fields = [seconds, fraction, data.len() as u32, original];
-                self.put(&fields.map(|field| order.put_u32(field)).concat())?;
-                self.put(&data)
-            }
-            (Container::Pcapng { order, .. }, Stamp::Pcapng { ticks }) => {
-                let order = *order;
-                self.put_interfaces()?;
-                let body = enhanced_body(order, packet, ticks, &data, original);
-                self.put(&enclose(order, block::ENHANCED_PACKET, &body))
-            }
-            _ => Err(anyhow!(
-                "the packet comes from a capture of another format than {}",
-                self.format.name()
-            )),
-        }
-    }
-
-    /// Writes the interfaces the reader has seen since the last call.
-    fn put_interfaces(&mut self) -> Result<()> {
-        let Container::Pcapng { order, interfaces } = &self.format.0 else {
-            return Ok(());
-        };
-        let mut blocks = Vec::new();
-        for interface in locked(interfaces).iter().skip(self.interfaces) {
-            blocks.extend(interface.block(*order));
-            self.interfaces += 1;
-        }
-        self.put(&blocks)
-    }
-
     /// Writes what is buffered.
     ///
     /// # Errors
     /// Those of the output. Without this call errors of the last writes are lost.
     pub fn finish(mut self) -> Result<()> {
-        self.put_interfaces()?;
+        let end = self.format.headers().len();
+        self.put_headers(end)?;
         self.output
             .flush()
             .with_context(|| format!("writing {}", self.name.display()))
     }
 }
 
-impl PcapHeader {
-    fn file_header(&self) -> Vec<u8> {
-        let magic = if self.nanoseconds {
-            PCAP_NANOSECONDS
-        } else {
-            PCAP_MICROSECONDS
-        };
-        let order = self.order;
-        let mut header = order.put_u32(magic).to_vec();
-        header.extend(order.put_u16(PCAP_VERSION.0));
-        header.extend(order.put_u16(PCAP_VERSION.1));
-        for field in [0, 0, self.snap_len.max(MAX_CAPTURED), self.link] {
-            header.extend(order.put_u32(field));
-        }
-        header
-    }
-}
-
-fn section_header(order: Order) -> Vec<u8> {
-    let mut body = order.put_u32(block::BYTE_ORDER_MAGIC).to_vec();
-    body.extend(order.put_u16(1));
-    body.extend(order.put_u16(0));
-    // Length of the section: not known.
-    body.extend(order.put_u64(u64::MAX));
-    enclose(order, block::SECTION_HEADER, &body)
-}
-
-fn enhanced_body(order: Order, packet: &Packet, ticks: u64, data: &[u8], original: u32) -> Vec<u8> {
-    let fields = [
-        packet.interface,
-        (ticks >> 32) as u32,
-        ticks as u32,
-        data.len() as u32,
-        original,
-    ];
-    let mut body = fields.map(|field| order.put_u32(field)).concat();
-    body.extend_from_slice(data);
-    body.resize(body.len().next_multiple_of(4), 0);
-    packet.options.put(&mut body, order);
-    body
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use super::*;
+
+    impl Order {
+        fn put_u16(self, value: u16) -> [u8; 2] {
+            self.swap(value.to_be_bytes())
+        }
+
+        fn put_u32(self, value: u32) -> [u8; 4] {
+            self.swap(value.to_be_bytes())
+        }
+    }
 
     const ORDERS: [Order; 2] = [Order::Big, Order::Little];
     const IPV4: &[u8] = &[
@@ -1355,7 +804,7 @@ mod tests {
     fn rewrite(bytes: &[u8], change: impl Fn(&mut Vec<u8>)) -> Vec<u8> {
         let shared = Shared::default();
         let reader = reader(bytes).unwrap();
-        let mut writer = Writer::new(shared.clone(), reader.format()).unwrap();
+        let mut writer = Writer::new(shared.clone(), reader.format());
         for packet in reader {
             let packet = packet.unwrap();
             let mut frame = packet.frame.clone();
@@ -1576,9 +1025,14 @@ mod tests {
 
     #[test]
     fn pcapng_timestamps_follow_resolution_and_offset() {
-        let order = Order::Little;
+        for order in ORDERS {
+            timestamps_follow_resolution_and_offset(order);
+        }
+    }
+
+    fn timestamps_follow_resolution_and_offset(order: Order) {
         let ticks: u64 = 1_700_000_000_123_456_789;
-        let offset = |seconds: i64| seconds.to_le_bytes().to_vec();
+        let offset = |seconds: i64| order.swap(seconds.to_be_bytes()).to_vec();
         type Case = (Option<u8>, Option<Vec<u8>>, u64, Duration);
         let cases: [Case; 9] = [
             (None, None, 1_500_000, Duration::from_millis(1500)),
@@ -1655,15 +1109,48 @@ mod tests {
             assert_eq!(before.original_len, after.original_len);
             assert_eq!(before.link, after.link);
             assert_eq!(before.interface, after.interface);
-            assert_eq!(before.options, after.options);
         }
         assert_eq!(again.len(), 5);
-        assert_eq!(packets[2].options.comments, [b"hello"]);
-        assert_eq!(packets[2].options.flags, Some(1));
+        let shared = Shared::default();
+        let mut writer = Writer::new(shared.clone(), reader(&file).unwrap().format());
+        assert!(writer.write(&packets[4], &packets[4].frame).is_err());
+        let source = reader(&file).unwrap();
+        let mut writer = Writer::new(shared.clone(), source.format());
+        let late: Vec<_> = source.map(Result::unwrap).collect();
+        for packet in &late {
+            writer.write(packet, &packet.frame).unwrap();
+        }
+        assert!(writer.write(&late[0], &late[0].frame).is_err());
+        writer.finish().unwrap();
+        assert_eq!(*shared.0.lock().unwrap(), written);
         // The output is canonical: writing it again changes nothing.
         assert_eq!(rewrite(&written, |_| {}), written);
-        let speed = Order::Little.put_u64(1_000_000);
+        let speed = 1_000_000u64.to_be_bytes();
         assert!(written.windows(8).any(|bytes| bytes == speed));
+    }
+
+    /// Gives one byte a read, then fails.
+    struct Slow(Vec<u8>);
+
+    impl Read for Slow {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            if self.0.is_empty() {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            buffer[0] = self.0.remove(0);
+            Ok(1)
+        }
+    }
+
+    #[test]
+    fn read_errors_are_reported_and_short_reads_are_not_the_end() {
+        let file = pcap(Order::Little, false, 1, &[(vec![1; 60], 60)]);
+        let error = Reader::new(Slow(file.clone())).map(|_| ()).unwrap_err();
+        assert!(format!("{error:#}").contains("os error 5"), "{error:#}");
+        let len = file.len() as u64;
+        let packets: Vec<_> = Reader::new(Slow(file).take(len)).unwrap().collect();
+        assert_eq!(packets.len(), 1);
+        assert!(packets[0].is_ok());
     }
 
     #[test]
@@ -1774,7 +1261,7 @@ mod tests {
         let file = pcap(Order::Little, false, 105, &[(vec![1; 60], 60)]);
         let error = invalid(reader(&file).unwrap().next().unwrap());
         assert_eq!(error.path, "packet 1");
-        assert_eq!(error.found, "link type 105 (IEEE802_11)");
+        assert_eq!(error.found, "link type 105");
         assert!(error.expected.contains("Linux cooked v2 (276)"));
         let order = Order::Little;
         let file = [
@@ -1788,10 +1275,7 @@ mod tests {
         let mut reader = reader(&file).unwrap();
         assert!(reader.next().unwrap().is_ok());
         let error = invalid(reader.next().unwrap());
-        assert_eq!(
-            (&*error.path, &*error.found),
-            ("packet 2", "link type 249 (USBPCAP)")
-        );
+        assert_eq!((&*error.path, &*error.found), ("packet 2", "link type 249"));
         assert!(reader.next().is_none());
     }
 
@@ -1814,29 +1298,33 @@ mod tests {
             let first = |file: &[u8]| invalid(reader(file).unwrap().next().unwrap()).found;
             let mut file = pcap_header(order, false, 1);
             file.extend(words(order, &[0, 0, u32::MAX, u32::MAX]));
-            assert_eq!(first(&file), "a packet of 4294967295 bytes");
+            assert!(first(&file).contains("ends in the middle"));
+            file.extend(vec![0; MAX_BLOCK]);
+            assert_eq!(first(&file), "a longer block");
+            let large = pcap(order, false, 1, &[(vec![0; 262_145], 262_145)]);
+            assert_eq!(first(&large), "a packet of 262145 bytes");
             let ng = |block: &[u8]| {
                 let interface = ng_interface(order, 1, 0, &[]);
                 [&ng_section(order)[..], &interface, block].concat()
             };
             let huge = words(order, &[6, 0xffff_fffc, 0, 0]);
-            assert_eq!(first(&ng(&huge)), "a block of 4294967292 bytes");
+            assert!(first(&ng(&huge)).contains("ends in the middle"));
             let unknown = words(order, &[77, 0xffff_fffc, 0, 0]);
             assert!(first(&ng(&unknown)).contains("ends in the middle"));
-            for len in [0, 4, 11, 13, 33] {
+            for len in [0, 4, 11] {
                 let found = first(&ng(&words(order, &[77, len, 0, 0])));
-                assert_eq!(found, format!("a block of {len} bytes"));
+                assert_eq!(found, "a damaged block");
             }
             let mut wrong = ng_enhanced(order, 0, 0, &[1; 4], 4);
             let end = wrong.len() - 4;
             wrong[end..].copy_from_slice(&order.put_u32(40));
-            assert_eq!(first(&ng(&wrong)), "a block of 36 bytes whose end says 40");
+            assert_eq!(first(&ng(&wrong)), "a damaged block");
             let captured = ng_block(order, 6, &words(order, &[0, 0, 0, 5, 5, 0]));
-            assert_eq!(first(&ng(&captured)), "a packet block of 24 bytes");
+            assert!(first(&ng(&captured)).contains("damaged"));
             let captured = ng_block(order, 6, &words(order, &[0, 0, 0, u32::MAX, 5, 0]));
-            assert_eq!(first(&ng(&captured)), "a packet block of 24 bytes");
-            let simple = ng_block(order, 3, &words(order, &[100, 1, 2]));
-            assert_eq!(first(&ng(&simple)), "a packet block of 12 bytes");
+            assert_eq!(first(&ng(&captured)), "a damaged block");
+            let obsolete = ng_block(order, 2, &words(order, &[0, 0, 0, 5, 5, 0]));
+            assert_eq!(first(&ng(&obsolete)), "a packet block of 24 bytes");
             let stray = ng_enhanced(order, 3, 0, &[1; 4], 4);
             assert_eq!(first(&ng(&stray)), "interface 3");
             let short = pcap(order, false, 276, &[(vec![0; 19], 19)]);
@@ -1864,7 +1352,7 @@ mod tests {
         let Ok(reader) = reader(bytes) else {
             return 0;
         };
-        let mut writer = Writer::new(io::sink(), reader.format()).unwrap();
+        let mut writer = Writer::new(io::sink(), reader.format());
         let mut count = 0;
         for packet in reader.map_while(Result::ok) {
             assert!(packet.restore(&packet.frame).len() <= MAX_CAPTURED as usize);
@@ -1971,10 +1459,10 @@ mod tests {
         let packet = reader.next_packet().unwrap().unwrap();
         writer.write(&packet, &packet.frame).unwrap();
         assert!(writer.finish().is_err());
-        let mut writer = Writer::new(io::sink(), reader.format()).unwrap();
+        let mut writer = Writer::new(io::sink(), reader.format());
         assert!(writer.write(&packet, &vec![0; 262_145]).is_err());
         let ng = super::Reader::new(io::Cursor::new(ng_section(Order::Big))).unwrap();
-        let mut writer = Writer::new(io::sink(), ng.format()).unwrap();
+        let mut writer = Writer::new(io::sink(), ng.format());
         assert!(writer.write(&packet, &packet.frame).is_err());
     }
 }

@@ -2,6 +2,7 @@
 //! Runs packets through the real programs of a chain, without a device.
 
 pub mod capture;
+pub mod link;
 pub mod veth;
 
 use std::collections::BTreeMap;
