@@ -19,7 +19,7 @@ use std::{env, fs, panic, thread};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::geteuid;
 
@@ -114,6 +114,31 @@ impl Namespace {
         })
     }
 
+    /// Makes a namespace that has no name in [`FOLDER`]: `name` is for messages only. Its only
+    /// device is `lo`, down.
+    ///
+    /// # Errors
+    /// [`Refused`] (denied) without permission.
+    pub fn unnamed(name: &str) -> Result<Namespace> {
+        let make = || -> Result<File> {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| {
+                let what = format!("cannot create network namespace {name}");
+                match errno {
+                    Errno::EPERM => Refused::denied(what, errno.desc(), AS_ROOT),
+                    _ => Refused::state(what, errno.desc(), ""),
+                }
+            })?;
+            File::open("/proc/thread-self/ns/net").context("cannot open a new network namespace")
+        };
+        let file = on_thread(name, make)?;
+        let id = file.metadata().context("cannot inspect a namespace")?.ino();
+        Ok(Namespace {
+            name: name.to_owned(),
+            id,
+            descriptor: Arc::new(file.into()),
+        })
+    }
+
     /// Whether `name` is taken in [`FOLDER`].
     pub fn exists(name: &str) -> bool {
         check_name(name).is_ok() && path_of(name).symlink_metadata().is_ok()
@@ -168,15 +193,7 @@ impl Namespace {
                 .map_err(|errno| self.enter_refusal(errno))?;
             Ok(f())
         };
-        thread::scope(|scope| {
-            let thread = thread::Builder::new()
-                .name(format!("netns {}", self.name))
-                .spawn_scoped(scope, inside)
-                .context("cannot start a thread")?;
-            thread
-                .join()
-                .unwrap_or_else(|cause| panic::resume_unwind(cause))
-        })
+        on_thread(&self.name, inside)
     }
 
     /// A command that will run in the namespace. Without permission to enter, spawning it fails
@@ -222,6 +239,19 @@ impl Namespace {
             _ => Refused::state(what, errno.desc(), ""),
         }
     }
+}
+
+/// Runs `f` on a thread that may leave its namespace for good. A panic of `f` goes on in the caller.
+fn on_thread<R: Send>(name: &str, f: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new()
+            .name(format!("netns {name}"))
+            .spawn_scoped(scope, f)
+            .context("cannot start a thread")?;
+        thread
+            .join()
+            .unwrap_or_else(|cause| panic::resume_unwind(cause))
+    })
 }
 
 fn path_of(name: &str) -> PathBuf {

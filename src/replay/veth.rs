@@ -13,25 +13,23 @@
 //! programs at the hooks of the other direction. A chain that drops the marker as well costs
 //! [`MARKER_TIMEOUT`] for each frame it drops at ingress.
 
-use std::ffi::CStr;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{
-    CloneFlags, CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity, setns, unshare,
-};
+use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::Pid;
 
+use crate::engine::sys::{self, TcDirection, XdpMode};
 use crate::error::Refused;
 use crate::hook::Hook;
+use crate::netns::Namespace;
 
 /// EtherType of a marker: IEEE's "local experimental 1".
 pub const MARKER_ETHERTYPE: u16 = 0x88b5;
@@ -55,7 +53,6 @@ const LINEAR: usize = 256;
 /// The last to run among the filters of `clsact`, which runs after all TCX programs.
 const LAST_PRIORITY: u32 = 65_535;
 
-const LOOPBACK: &CStr = c"lo";
 const SET_UP: &str = "link add pc-in mtu 65535 type veth peer name pc-out mtu 65535
 link set dev pc-in arp off addrgenmode none up
 link set dev pc-out arp off addrgenmode none up
@@ -73,10 +70,10 @@ pub enum Side {
 }
 
 impl Side {
-    fn name(self) -> &'static CStr {
+    fn name(self) -> &'static str {
         match self {
-            Side::In => c"pc-in",
-            Side::Out => c"pc-out",
+            Side::In => "pc-in",
+            Side::Out => "pc-out",
         }
     }
 
@@ -134,18 +131,20 @@ pub struct Observation {
 /// something else keeps the namespace (a process left in it, or an open socket).
 #[derive(Debug)]
 pub struct VethCarrier {
-    namespace: OwnedFd,
+    namespace: Namespace,
     inner: End,
     outer: End,
     /// Sees what the filter after TC ingress sends to the loopback device.
     loopback: OwnedFd,
+    /// Keeps [`pass_xdp`]'s program attached.
+    _pass: OwnedFd,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct End {
     index: u32,
-    sender: OwnedFd,
+    sender: fs::File,
     receiver: OwnedFd,
 }
 
@@ -194,15 +193,14 @@ impl VethCarrier {
     /// `CAP_BPF` and the `ip` command.
     ///
     /// # Errors
-    /// [`Refused`] (denied) if a permission or `ip` is missing; else what the system said.
+    /// [`Refused`] (denied) if a permission is missing, (state) if `ip` is; else what the system
+    /// said.
     pub fn new() -> Result<Self> {
-        thread::scope(|scope| {
-            let made = thread::Builder::new()
-                .name("veth carrier".into())
-                .spawn_scoped(scope, build)
-                .context("starting a thread")?;
-            join(made)
-        })
+        let namespace = Namespace::unnamed("of the veth carrier")?;
+        namespace.enter(disable_ipv6)??;
+        namespace.ip_batch(SET_UP)?;
+        let inside = namespace.clone();
+        namespace.enter(|| build(inside))?
     }
 
     /// Runs `f` inside the namespace, on a thread of its own: its devices exist for `f` only, for
@@ -211,17 +209,7 @@ impl VethCarrier {
     /// # Errors
     /// The thread cannot be started or may not enter the namespace; `f` has not run then.
     pub fn in_namespace<R: Send>(&self, f: impl FnOnce() -> R + Send) -> Result<R> {
-        thread::scope(|scope| {
-            let entered = thread::Builder::new()
-                .name("veth carrier".into())
-                .spawn_scoped(scope, || {
-                    setns(&self.namespace, CloneFlags::CLONE_NEWNET)
-                        .context("entering the namespace of the veth carrier")?;
-                    Ok(f())
-                })
-                .context("starting a thread")?;
-            join(entered)
-        })
+        self.namespace.enter(f)
     }
 
     /// Interface index of an end, valid inside the namespace.
@@ -302,13 +290,10 @@ impl VethCarrier {
         let linear = frame.len().min(LINEAR) as u16;
         header[2..4].copy_from_slice(&linear.to_ne_bytes());
         let parts = [io::IoSlice::new(&header), io::IoSlice::new(frame)];
-        let socket = self.end(side).sender.as_raw_fd();
-        // SAFETY: an `IoSlice` has the layout of an `iovec`; both outlive the call, which reads them.
-        let sent = unsafe { libc::writev(socket, parts.as_ptr().cast(), 2) };
-        if sent >= 0 {
+        let mut socket = &self.end(side).sender;
+        let Err(error) = socket.write_vectored(&parts) else {
             return Ok(Sent::Taken);
-        }
-        let error = io::Error::last_os_error();
+        };
         match error.raw_os_error() {
             // What the kernel makes of a drop at TC egress.
             Some(libc::ENOBUFS) if side == Side::In => Ok(Sent::Dropped),
@@ -402,27 +387,11 @@ fn wait(watched: &Watched, left: Duration) -> Result<()> {
     }
 }
 
-fn join<T>(thread: thread::ScopedJoinHandle<Result<T>>) -> Result<T> {
-    thread
-        .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
-/// Makes the carrier on a thread that may leave its namespace for good.
-fn build() -> Result<VethCarrier> {
-    unshare(CloneFlags::CLONE_NEWNET).map_err(|error| match error {
-        nix::Error::EPERM => denied("a network namespace cannot be made", error),
-        _ => anyhow!(error).context("making a network namespace"),
-    })?;
-    let namespace = fs::File::open("/proc/thread-self/ns/net")
-        .context("opening the new network namespace")?
-        .into();
-    disable_ipv6()?;
-    set_up_devices()?;
-    let index = |name| nix::net::if_::if_nametoindex(name).context("finding a device just made");
+/// Makes the rest, inside the namespace.
+fn build(namespace: Namespace) -> Result<VethCarrier> {
+    let index = |name| sys::device_index(name).context("finding a device just made");
     let (inner, outer) = (index(Side::In.name())?, index(Side::Out.name())?);
-    pass_xdp(outer)?;
-    let loopback = index(LOOPBACK)?;
+    let loopback = index("lo")?;
     redirect_after_tc_ingress(inner, loopback)?;
     let mut nonce = [0; 8];
     fs::File::open("/dev/urandom")
@@ -433,6 +402,7 @@ fn build() -> Result<VethCarrier> {
         inner: End::open(inner)?,
         outer: End::open(outer)?,
         loopback: receiver(loopback, Packets::Outgoing)?,
+        _pass: pass_xdp(outer)?,
         state: Mutex::new(State {
             nonce,
             markers: 0,
@@ -464,36 +434,6 @@ fn disable_ipv6() -> Result<()> {
     Ok(())
 }
 
-fn set_up_devices() -> Result<()> {
-    let mut ip = Command::new("ip")
-        .args(["-batch", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|error| {
-            Refused::denied(
-                "the command `ip` cannot be run",
-                error,
-                "install iproute2, and have its folder in PATH",
-            )
-        })?;
-    let written = match ip.stdin.take() {
-        Some(mut stdin) => stdin.write_all(SET_UP.as_bytes()),
-        None => Ok(()),
-    };
-    // What `ip` has to say comes before an error of writing to it, which would follow from it.
-    let output = ip.wait_with_output().context("waiting for `ip`")?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        if said.contains("Operation not permitted") {
-            return Err(denied("veth devices cannot be made", said.trim()));
-        }
-        bail!("making a pair of veth devices: `ip`: {}", said.trim());
-    }
-    written.context("writing to `ip`")
-}
-
 fn instruction(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> libbpf_sys::bpf_insn {
     libbpf_sys::bpf_insn {
         code,
@@ -510,7 +450,7 @@ const EXIT: u8 = 0x95;
 
 /// Attaches an XDP program that passes everything. A frame that the peer sends back by `XDP_TX`
 /// arrives only where one is; and all other frames then take the same queue, in order.
-fn pass_xdp(device: u32) -> Result<()> {
+fn pass_xdp(device: u32) -> Result<OwnedFd> {
     const XDP_PASS: i32 = 2;
     let program = [
         instruction(MOV64_IMMEDIATE, 0, 0, 0, XDP_PASS),
@@ -519,17 +459,7 @@ fn pass_xdp(device: u32) -> Result<()> {
     // Without fragments the MTU would be too large.
     let flags = libbpf_sys::BPF_F_XDP_HAS_FRAGS;
     let program = load(libbpf_sys::BPF_PROG_TYPE_XDP, &program, flags)?;
-    // SAFETY: the program is open during the call; no options.
-    check(unsafe {
-        libbpf_sys::bpf_xdp_attach(
-            device as libc::c_int,
-            program.as_raw_fd(),
-            libbpf_sys::XDP_FLAGS_DRV_MODE,
-            std::ptr::null(),
-        )
-    })
-    .context("attaching an XDP program")?;
-    Ok(())
+    sys::xdp_link_create(&program, device, XdpMode::Native).context("attaching an XDP program")
 }
 
 /// Attaches `return bpf_redirect(target, 0)` behind everything else at a device's TC ingress.
@@ -541,24 +471,15 @@ fn redirect_after_tc_ingress(device: u32, target: u32) -> Result<()> {
         instruction(EXIT, 0, 0, 0, 0),
     ];
     let program = load(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, &program, 0)?;
-    let mut hook = libbpf_sys::bpf_tc_hook {
-        sz: mem::size_of::<libbpf_sys::bpf_tc_hook>() as _,
-        ifindex: device as libc::c_int,
-        attach_point: libbpf_sys::BPF_TC_INGRESS,
-        ..Default::default()
-    };
-    let mut opts = libbpf_sys::bpf_tc_opts {
-        sz: mem::size_of::<libbpf_sys::bpf_tc_opts>() as _,
-        prog_fd: program.as_raw_fd(),
-        handle: 1,
-        priority: LAST_PRIORITY,
-        ..Default::default()
-    };
-    // SAFETY: a valid structure that outlives the call.
-    check(unsafe { libbpf_sys::bpf_tc_hook_create(&mut hook) }).context("making a TC hook")?;
-    // SAFETY: valid structures that outlive the call; the program is open during it.
-    check(unsafe { libbpf_sys::bpf_tc_attach(&hook, &mut opts) })
-        .context("attaching a TC program")?;
+    sys::clsact_attach(
+        &program,
+        device,
+        TcDirection::Ingress,
+        1,
+        LAST_PRIORITY,
+        false,
+    )
+    .context("attaching a TC program")?;
     Ok(())
 }
 
@@ -603,7 +524,7 @@ impl End {
         bind(&sender, index, 0)?;
         Ok(End {
             index,
-            sender,
+            sender: sender.into(),
             receiver: receiver(index, Packets::Incoming)?,
         })
     }
@@ -656,20 +577,13 @@ fn keep_outgoing(socket: &OwnedFd) -> Result<()> {
     set_option(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, program)
 }
 
-fn new_socket(family: libc::c_int, kind: libc::c_int) -> Result<OwnedFd> {
-    // SAFETY: no pointers.
-    let result = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, 0) };
-    let fd = check(result).map_err(|error| match error.kind() {
-        ErrorKind::PermissionDenied => denied("a packet socket cannot be opened", error),
-        _ => anyhow!(error).context("opening a socket"),
-    })?;
-    // SAFETY: a descriptor just opened, which nothing else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 /// Receives nothing before it is bound to a device and a protocol.
 fn packet_socket() -> Result<OwnedFd> {
-    new_socket(libc::AF_PACKET, libc::SOCK_RAW)
+    let (family, flags) = (AddressFamily::Packet, SockFlag::SOCK_CLOEXEC);
+    socket(family, SockType::Raw, flags, None).map_err(|error| match error {
+        nix::Error::EPERM => denied("a packet socket cannot be opened", error),
+        _ => anyhow!(error).context("opening a packet socket"),
+    })
 }
 
 fn set_option<T>(socket: &OwnedFd, level: libc::c_int, name: libc::c_int, value: T) -> Result<()> {
@@ -793,6 +707,8 @@ impl Drop for Pinned {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
+    use std::thread;
+
     use super::*;
     use crate::error::exit_code;
 
