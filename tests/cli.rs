@@ -432,6 +432,35 @@ fn no_bpffs() {
     assert!(!elsewhere.exists());
 }
 
+/// In a mount namespace of its own, where nothing is mounted at `/sys/fs/bpf`.
+#[test]
+fn bpffs_not_mounted() {
+    let environment = Environment::direct();
+    let (program, file) = for_everybody(&environment.files);
+    let unmounted = |how: &str| {
+        let script = format!(
+            "while umount /sys/fs/bpf 2> /dev/null; do :; done\n\
+             exec {how} {program} --bpffs /sys/fs/bpf/pct-unmounted apply {file}"
+        );
+        let mut command = environment.namespace(Role::Server).command("unshare");
+        command.args(["--mount", "sh", "-c", &script]);
+        command.output().unwrap()
+    };
+    // It is mounted, and goes with the mount namespace.
+    let said = succeeded("apply", &unmounted(""));
+    says(&said, &["create     chain  t"]);
+    assert!(!Path::new("/sys/fs/bpf/pct-unmounted").exists());
+    let nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups";
+    let message = failed("apply", 3, &unmounted(nobody));
+    says(
+        &message,
+        &[
+            "/sys/fs/bpf is not mounted, and cannot be",
+            "mount -t bpf bpf /sys/fs/bpf",
+        ],
+    );
+}
+
 #[test]
 fn devices_that_refuse() {
     let environment = Environment::direct();

@@ -172,6 +172,25 @@ fn modes_change() {
     expect_gone(&ever);
 }
 
+/// Starts a command on the server, and kills it somewhere in the time it usually takes.
+fn kill_sometime(
+    environment: &Environment,
+    arguments: &[&str],
+    usual: Duration,
+    noise: &mut Noise,
+) {
+    let mut child = environment
+        .command(Role::Server, arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // Not a wait for something: the moment of the blow.
+    thread::sleep(usual.mul_f64((noise.next_number() % 1000) as f64 / 900.0));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 /// Kills `apply` at any point of its work.
 fn kill_apply(hook: &str, mode: &str) {
     let environment = Environment::direct();
@@ -186,16 +205,7 @@ fn kill_apply(hook: &str, mode: &str) {
     for number in 2..2 + KILLS {
         ever.extend(&Objects::below(environment.folder()));
         let file = environment.file("killed.json", &changed(number));
-        let mut child = environment
-            .command(Role::Server, &["apply", &file])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        // Not a wait for something: the moment of the blow.
-        thread::sleep(usual.mul_f64((noise.next_number() % 1000) as f64 / 900.0));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        kill_sometime(&environment, &["apply", &file], usual, &mut noise);
         let listed = environment.listed(Role::Server, "t");
         let window = listed["actions"][1]["window"].as_u64().unwrap();
         assert!((1000..=1000 + number).contains(&window), "{listed}");
@@ -233,6 +243,63 @@ fn killed_applies_by_clsact() {
     kill_apply("tc-ingress", "clsact");
 }
 
+/// Kills `apply` while it changes the mode, when for a moment nothing is attached.
+#[test]
+fn killed_changes_of_mode() {
+    let environment = Environment::direct();
+    let changed = |mode| chain("t", 0, &["path1"], "xdp", mode);
+    environment.apply(Role::Server, &changed("native"));
+    let started = Instant::now();
+    environment.apply(Role::Server, &changed("generic"));
+    let usual = started.elapsed();
+    let mut ever = Objects::default();
+    let mut noise = Noise::new(usual.as_nanos() as u64);
+    for mode in ["native", "generic"].repeat(10) {
+        ever.extend(&Objects::below(environment.folder()));
+        let file = environment.file("killed.json", &changed(mode));
+        kill_sometime(&environment, &["apply", &file], usual, &mut noise);
+        ever.extend(&Objects::below(environment.folder()));
+        environment.ok(Role::Server, &["list"]);
+        open(&environment).exchange(2);
+    }
+    environment.apply(Role::Server, &changed("native"));
+    let listed = environment.listed(Role::Server, "t");
+    assert_eq!(listed["attach"][0]["mode"], "native");
+    assert_eq!(environment.generations().len(), 1);
+    ever.extend(&Objects::below(environment.folder()));
+    environment.ok(Role::Server, &["delete", "--all"]);
+    expect_clean(&environment, Role::Server, "path1");
+    expect_gone(&ever);
+}
+
+/// Writers wait for one another.
+#[test]
+fn applies_at_the_same_time() {
+    let environment = Environment::direct();
+    let children: Vec<_> = (0..6)
+        .map(|number| {
+            let name = ["a", "b"][number as usize % 2];
+            let file = chain(name, number, &["path1"], "tc-ingress", "auto");
+            let file = environment.file(&format!("{number}.json"), &file);
+            let mut command = environment.command(Role::Server, &["apply", &file]);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            command.spawn().unwrap()
+        })
+        .collect();
+    for child in children {
+        succeeded("apply", &child.wait_with_output().unwrap());
+    }
+    for name in ["a", "b"] {
+        assert_eq!(environment.listed(Role::Server, name)["name"], name);
+    }
+    assert_eq!(environment.generations().len(), 1);
+    open(&environment).exchange(2);
+    let ever = Objects::below(environment.folder());
+    environment.ok(Role::Server, &["delete", "--all"]);
+    expect_clean(&environment, Role::Server, "path1");
+    expect_gone(&ever);
+}
+
 /// Kills the very first `apply`, and `delete`: what is left is nothing, or all of it.
 #[test]
 fn killed_first_applies_and_deletes() {
@@ -245,15 +312,7 @@ fn killed_first_applies_and_deletes() {
     environment.ok(Role::Server, &["delete", "--all"]);
     let mut noise = Noise::new(usual.as_nanos() as u64);
     for arguments in [["apply", &file], ["delete", "--all"]].repeat(10) {
-        let mut child = environment
-            .command(Role::Server, &arguments)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        thread::sleep(usual.mul_f64((noise.next_number() % 1000) as f64 / 900.0));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        kill_sometime(&environment, &arguments, usual, &mut noise);
         ever.extend(&Objects::below(environment.folder()));
         environment.ok(Role::Server, &["list"]);
         open(&environment).exchange(2);
