@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What runs and what shall run.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result};
+
+use super::set_names_chain;
+use crate::engine::attach::Place;
+use crate::engine::store::{Attachment, State, Store};
+use crate::error::{Invalid, Refused};
+use crate::netns;
+use crate::spec::{Attach, Chain, Mode, SetSpec, Spec, Then};
+
+/// What runs.
+pub(super) struct Current {
+    pub(super) state: State,
+    /// In this network namespace, unless read everywhere.
+    pub(super) attachments: Vec<Attachment>,
+}
+
+impl Current {
+    pub(super) fn read(store: &Store) -> Result<Current> {
+        let here = netns::current_id()?;
+        let mut current = Current::everywhere(store)?;
+        let attachments = &mut current.attachments;
+        attachments.retain(|attachment| attachment.netns == here);
+        Ok(current)
+    }
+
+    /// With what runs in other network namespaces.
+    pub(super) fn everywhere(store: &Store) -> Result<Current> {
+        Ok(Current {
+            state: store.state()?,
+            attachments: store.attachments()?,
+        })
+    }
+
+    pub(super) fn chain_names(&self) -> BTreeSet<&str> {
+        let attached = self.attachments.iter().flat_map(|a| &a.record.chains);
+        attached
+            .chain(&self.state.subs)
+            .map(|chain| chain.name.as_str())
+            .collect()
+    }
+}
+
+/// What shall run.
+#[derive(Default)]
+pub(super) struct Desired {
+    pub(super) sets: BTreeMap<String, SetSpec>,
+    pub(super) ids: BTreeMap<String, u32>,
+    pub(super) subs: Vec<Chain>,
+    pub(super) targets: Vec<Target>,
+}
+
+/// What shall run at one hook of one device.
+pub(super) struct Target {
+    pub(super) place: Place,
+    pub(super) mode: Mode,
+    pub(super) chains: Vec<Chain>,
+}
+
+impl Target {
+    /// Where a chain file asks for it, if one does.
+    pub(super) fn asked_by(&self) -> Option<String> {
+        self.chains.iter().find_map(|chain| {
+            chain.origin.file.as_ref()?;
+            let mut attach = chain.attach.iter();
+            let at = attach.position(|attach| {
+                (&attach.device, attach.hook) == (&self.place.device, self.place.hook)
+            })?;
+            Some(attach_place(chain, at))
+        })
+    }
+}
+
+/// `FILE: PATH` of an item of a chain's `attach`.
+fn attach_place(chain: &Chain, at: usize) -> String {
+    let file = chain.origin.file.as_ref();
+    let file = file.map(|file| format!("{}: ", file.display()));
+    let path = &chain.origin.path;
+    format!("{}{path}.attach[{at}]", file.unwrap_or_default())
+}
+
+impl Desired {
+    /// What runs now, as far as `keep` wants it.
+    pub(super) fn keep(current: &Current, keep: impl Fn(&str) -> bool) -> Desired {
+        let kept = |chains: &[Chain]| -> Vec<Chain> {
+            let kept = chains.iter().filter(|chain| keep(&chain.name));
+            kept.cloned().collect()
+        };
+        Desired {
+            sets: current.state.sets.clone(),
+            ids: current.state.ids.clone(),
+            subs: kept(&current.state.subs),
+            targets: current
+                .attachments
+                .iter()
+                .map(|attachment| Target {
+                    place: attachment.place.clone(),
+                    mode: attachment.record.mode,
+                    chains: kept(&attachment.record.chains),
+                })
+                .collect(),
+        }
+    }
+
+    /// What runs now with the files' chains in the place of those of the same name, without yet
+    /// placing them.
+    pub(super) fn merge(current: &Current, files: &Spec, prune: bool) -> Result<Desired, Invalid> {
+        let named: BTreeSet<&str> = files.chains.iter().map(|c| c.name.as_str()).collect();
+        let mut desired = Desired::keep(current, |name| !prune && !named.contains(name));
+        if prune {
+            desired.sets.clear();
+        }
+        for (name, set) in &files.sets {
+            if let Some(existing) = current.state.sets.get(name) {
+                refuse_other_shape(name, existing, set)?;
+            }
+            desired.sets.insert(name.clone(), set.clone());
+        }
+        let subs = files.chains.iter().filter(|c| c.attach.is_empty());
+        desired.subs.extend(subs.cloned());
+        desired.assign_ids(files);
+        Ok(desired)
+    }
+
+    /// Every chain has an id, from 1. An id is used again when its chain is gone and no element
+    /// names it, which `delete` sees to.
+    fn assign_ids(&mut self, files: &Spec) {
+        for chain in &files.chains {
+            if self.ids.contains_key(&chain.name) {
+                continue;
+            }
+            let used: BTreeSet<u32> = self.ids.values().copied().collect();
+            let free = (1..).find(|id| !used.contains(id));
+            self.ids.extend(free.map(|id| (chain.name.clone(), id)));
+        }
+    }
+
+    /// Forgets the ids of chains that are gone, unless elements still name them.
+    pub(super) fn drop_unused_ids(&mut self, store: &Store, state: &State) -> Result<()> {
+        let live: BTreeSet<String> = self.chains().map(|chain| chain.name.clone()).collect();
+        for (name, id) in &state.ids {
+            if live.contains(name) {
+                continue;
+            }
+            let mut named = false;
+            for set in state.sets.keys() {
+                named = named || set_names_chain(store, set, *id)?;
+            }
+            if !named {
+                self.ids.remove(name);
+            }
+        }
+        Ok(())
+    }
+
+    fn chains(&self) -> impl Iterator<Item = &Chain> {
+        let attached = self.targets.iter().flat_map(|target| &target.chains);
+        attached.chain(&self.subs)
+    }
+
+    /// Refuses to take a sub-chain from under a chain that goes to it.
+    pub(super) fn check(&self) -> Result<(), Refused> {
+        let subs: BTreeSet<&str> = self.subs.iter().map(|chain| chain.name.as_str()).collect();
+        for chain in self.chains() {
+            let then = match &chain.then {
+                Then::Goto(target) => Some(target),
+                _ => None,
+            };
+            let actions = chain.actions.iter().flat_map(|action| &action.references);
+            let selectors = chain.selectors.iter().flat_map(|s| &s.references);
+            let named = actions.chain(selectors).map(|reference| &reference.chain);
+            if let Some(gone) = named.chain(then).find(|name| !subs.contains(name.as_str())) {
+                return Err(Refused::state(
+                    format!("the chain {gone} is in use"),
+                    format!("the chain {} goes to it", chain.name),
+                    format!("first delete {}, or apply it without this goto", chain.name),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the files' chains where they attach.
+    pub(super) fn add_places(&mut self, files: &Spec) -> Result<()> {
+        let known = self.subs.iter().map(|chain| chain.name.clone()).collect();
+        files.validate_references(&self.sets, &known)?;
+        for chain in &files.chains {
+            for (at, attach) in chain.attach.iter().enumerate() {
+                let place = attach_place(chain, at);
+                self.add_place(chain, attach).context(place)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add_place(&mut self, chain: &Chain, attach: &Attach) -> Result<()> {
+        let place = Place::find(&attach.device, attach.hook)?;
+        let same = |target: &&mut Target| {
+            (target.place.ifindex, target.place.hook) == (place.ifindex, place.hook)
+        };
+        match self.targets.iter_mut().find(same) {
+            Some(target) => {
+                // Found in a record, the place does not know its link layer.
+                target.place = place;
+                if attach.mode != Mode::Auto {
+                    target.mode = attach.mode;
+                }
+                target.chains.push(chain.clone());
+            }
+            None => self.targets.push(Target {
+                place,
+                mode: attach.mode,
+                chains: vec![chain.clone()],
+            }),
+        }
+        Ok(())
+    }
+}
+
+fn refuse_other_shape(name: &str, existing: &SetSpec, set: &SetSpec) -> Result<(), Invalid> {
+    if existing == set {
+        return Ok(());
+    }
+    Err(Invalid::new(
+        format!("$.sets.{name}"),
+        format!("kind {}, size {}", set.kind, set.size),
+        format!(
+            "kind {}, size {}, as the set that exists",
+            existing.kind, existing.size
+        ),
+    )
+    .advice(format!(
+        "give it another name, or first `policy-chain delete` the chains that use it, then \
+         `policy-chain set delete {name}`"
+    )))
+}

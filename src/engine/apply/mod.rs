@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Brings what runs to what chain files say: new generations are built beside the running ones,
+//! tried, and switched to one by one. A failure anywhere leaves the old ones running.
+
+mod desired;
+mod step;
+mod transaction;
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::generation::CarrierChoice;
+use super::store::{State, Store};
+use super::{sets, sys};
+use crate::error::{Invalid, Refused, did_you_mean};
+use crate::hook::Hook;
+use crate::spec::{Mode, Spec};
+use desired::{Current, Desired};
+use transaction::Transaction;
+
+/// How `apply` goes about it.
+#[derive(Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// Remove the chains and sets the files do not name.
+    pub prune: bool,
+    /// Build and try everything, then change nothing.
+    pub dry_run: bool,
+    /// `None`: as before, for what runs already.
+    pub carrier: Option<CarrierChoice>,
+    /// Told how many nodes are loaded, and of how many.
+    pub progress: Option<&'a dyn Fn(usize, usize)>,
+}
+
+/// What happens to a chain or a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    Create,
+    Replace,
+    Unchanged,
+    Remove,
+}
+
+impl Change {
+    pub fn name(self) -> &'static str {
+        match self {
+            Change::Create => "create",
+            Change::Replace => "replace",
+            Change::Unchanged => "unchanged",
+            Change::Remove => "remove",
+        }
+    }
+}
+
+/// What a command did, or would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    pub chains: Vec<(String, Change)>,
+    pub sets: Vec<(String, Change)>,
+    /// Attachments: device, hook, mode, and what happens to what they run.
+    pub attachments: Vec<(String, Hook, Mode, Change)>,
+}
+
+impl Report {
+    /// `{"chains": [{"name", "change"}], "sets": [...], "attachments": [{"device", "hook", "mode",
+    /// "change"}]}`.
+    pub fn to_json(&self) -> Value {
+        let named = |list: &[(String, Change)]| -> Vec<Value> {
+            list.iter()
+                .map(|(name, change)| json!({ "name": name, "change": change.name() }))
+                .collect()
+        };
+        let attachments: Vec<Value> = self
+            .attachments
+            .iter()
+            .map(|(device, hook, mode, change)| {
+                json!({
+                    "device": device,
+                    "hook": hook.name(),
+                    "mode": mode.name(),
+                    "change": change.name(),
+                })
+            })
+            .collect();
+        json!({
+            "chains": named(&self.chains),
+            "sets": named(&self.sets),
+            "attachments": attachments,
+        })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, change) in &self.sets {
+            writeln!(f, "{:<10} set    {name}", change.name())?;
+        }
+        for (name, change) in &self.chains {
+            writeln!(f, "{:<10} chain  {name}", change.name())?;
+        }
+        for (device, hook, mode, change) in &self.attachments {
+            writeln!(f, "{:<10} device {device} {hook} ({mode})", change.name())?;
+        }
+        Ok(())
+    }
+}
+
+/// Applies chain files.
+///
+/// # Errors
+/// [`Invalid`] or [`Refused`], with what was wrong; then nothing has changed.
+pub fn apply(store: &Store, files: &Spec, options: Options<'_>) -> Result<Report> {
+    let current = Current::read(store)?;
+    let mut desired = Desired::merge(&current, files, options.prune)?;
+    desired.add_places(files)?;
+    desired.check()?;
+    desired.drop_unused_ids(store, &current.state)?;
+    Transaction::new(store, current, desired, options)?.run(options.dry_run)
+}
+
+/// Removes chains by name.
+///
+/// # Errors
+/// [`Invalid`] for a name that is not there, [`Refused`] for a chain that others go to; with
+/// `force` elements of sets may still name it: such packets then pass, reason `no_chain`.
+pub fn delete(store: &Store, names: &[String], force: bool) -> Result<Report> {
+    let current = Current::read(store)?;
+    let known: BTreeSet<&str> = current.chain_names();
+    for name in names {
+        if !known.contains(name.as_str()) {
+            return Err(Invalid::new(
+                "NAME",
+                format!(
+                    "\"{name}\", no such chain{}",
+                    did_you_mean(name, known.iter().copied())
+                ),
+                "the name of a chain that runs",
+            )
+            .advice("see `policy-chain list`")
+            .into());
+        }
+        if !force {
+            refuse_if_named(store, &current.state, name)?;
+        }
+    }
+    let mut desired = Desired::keep(&current, |name| !names.iter().any(|gone| gone == name));
+    desired.check()?;
+    desired.drop_unused_ids(store, &current.state)?;
+    Transaction::new(store, current, desired, Options::default())?.run(false)
+}
+
+/// Removes every chain of this network namespace, or of all, and the sub-chains and sets unless
+/// chains of other namespaces may use them.
+///
+/// # Errors
+/// With `all_netns`, [`Refused`] where filters of another namespace are left, which can be removed
+/// from inside it only. What the kernel says.
+pub fn delete_all(store: &Store, all_netns: bool) -> Result<Report> {
+    let current = if all_netns {
+        Current::everywhere(store)?
+    } else {
+        Current::read(store)?
+    };
+    let elsewhere = store.others(&current.attachments)?;
+    let mut desired = Desired::default();
+    if !elsewhere.is_empty() {
+        desired = Desired::keep(&current, |_| true);
+        desired.targets.clear();
+    }
+    let report = Transaction::new(store, current, desired, Options::default())?.run(false)?;
+    store.remove_if_empty()?;
+    match elsewhere.first().filter(|_| all_netns) {
+        None => Ok(report),
+        Some(folder) => Err(Refused::state(
+            "filters of another network namespace stay, and what they use",
+            format!(
+                "they can be removed from inside it only; see {}",
+                folder.display()
+            ),
+            "run `policy-chain delete --all` there (`ls -i /run/netns` finds it by the number in \
+             front of the folder's name); if it is gone, remove the folder",
+        )
+        .into()),
+    }
+}
+
+/// Refuses to delete a chain that elements of sets name.
+fn refuse_if_named(store: &Store, state: &State, name: &str) -> Result<()> {
+    let Some(id) = state.ids.get(name) else {
+        return Ok(());
+    };
+    for set in state.sets.keys() {
+        if set_names_chain(store, set, *id)? {
+            return Err(Refused::state(
+                format!("the chain {name} is in use"),
+                format!("elements of the set {set} name it"),
+                format!("remove them (`policy-chain set list {set}`), or delete with --force"),
+            )
+            .into());
+        }
+    }
+    Ok(())
+}
+
+fn set_names_chain(store: &Store, set: &str, id: u32) -> Result<bool> {
+    let entries = sys::map_dump(store.set(set)?).with_context(|| format!("read the set {set}"))?;
+    let named = entries
+        .iter()
+        .any(|(_, value)| sets::element_chain(value) == Some(id));
+    Ok(named)
+}
