@@ -879,8 +879,8 @@ fn schema_is_committed() {
     let committed = fs::read_to_string(&file).unwrap_or_default();
     assert!(
         printed == committed,
-        "schema/chain-file.schema.json is not what the program prints; make it again with:\n  \
-         cargo run -- schema > schema/chain-file.schema.json"
+        "schema/chain-file.schema.json is not what the program prints; make it again with \
+         `make schema`"
     );
 }
 
