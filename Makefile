@@ -58,12 +58,13 @@ vmlinux: install-deps
 install-deps:
 	@tools/install-deps.sh
 
-# Says what is the matter before anything is built.
+# Says what is the matter before anything is built, and mounts the bpffs that tests pin things in.
 root:
 ifneq ($(shell id -u),0)
 	@test -n "$(SUDO)" || { echo "This needs root, and there is no sudo: run it as root." >&2; exit 1; }
 	@echo "Network namespaces and BPF need root: going through $(SUDO)."
 endif
+	@mountpoint -q /sys/fs/bpf || $(SUDO) mount -t bpf -o mode=0700 bpf /sys/fs/bpf
 
 clean:
 	$(CARGO) clean

@@ -65,8 +65,19 @@ pub fn ensure_bpffs(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Mounts a new bpffs, mode 0700, on an existing folder. `EPERM` without `CAP_SYS_ADMIN`.
+/// Mounts a new bpffs, mode 0700, on an existing folder, unless that is in a bpffs already. Of
+/// several processes that do so at once, one mounts: a second mount would hide what is pinned in
+/// the first. `EPERM` without `CAP_SYS_ADMIN`.
 pub fn mount_bpffs(path: &Path) -> io::Result<()> {
+    const WAIT: Duration = Duration::from_secs(10);
+    let _lock = lock_folder(path, WAIT)?;
+    match is_bpffs(path)? {
+        true => Ok(()),
+        false => mount(path),
+    }
+}
+
+fn mount(path: &Path) -> io::Result<()> {
     let path = c_string(path.as_os_str().as_bytes())?;
     let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
     // SAFETY: NUL-terminated strings that outlive the call.

@@ -109,6 +109,7 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new(name: &str) -> Self {
+        mount_bpffs(Path::new("/sys/fs/bpf")).unwrap();
         let path = format!("/sys/fs/bpf/pc-sys-{name}-{}", std::process::id());
         fs::create_dir(&path).unwrap();
         Scratch(path.into())
@@ -667,6 +668,7 @@ fn bpffs() {
     if !root() {
         return;
     }
+    mount_bpffs(Path::new("/sys/fs/bpf")).unwrap();
     ensure_bpffs(Path::new("/sys/fs/bpf")).unwrap();
     ensure_bpffs(Path::new("/sys/fs/bpf/not/there/yet")).unwrap();
     assert_eq!(
@@ -685,8 +687,15 @@ fn bpffs() {
         // SAFETY: a NUL-terminated path; the others may be null for a change of propagation.
         let result = unsafe { libc::mount(none, root, none, private, none.cast()) };
         assert_eq!(result, 0);
-        mount_bpffs(&mounted).unwrap();
+        // All at once, they mount it once.
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| mount_bpffs(&mounted).unwrap());
+            }
+        });
         ensure_bpffs(&mounted).unwrap();
+        let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        assert_eq!(mounts.matches(mounted.to_str().unwrap()).count(), 1);
         let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&mounted).unwrap());
         assert_eq!(mode & 0o777, 0o700);
         let map = map_create_frozen_bytes("pc_mounted", b"x").unwrap();
