@@ -12,8 +12,6 @@ use crate::common::traffic::{
 use crate::common::{Environment, eventually};
 
 const MEGABYTES: usize = 2 << 20;
-/// Room for a segment and its link header in the smallest frames.
-const WINDOW: u16 = 512;
 
 /// A hook of the router that every packet to the server passes.
 struct Place {
@@ -94,15 +92,22 @@ fn segments_behind(place: &Place, flags: Value, actions: Value) -> Vec<Segment> 
     taken(segments)
 }
 
-/// The shipped demo at a place: the window rewritten, the timestamps gone.
-fn demo_at(place: Place) {
+/// The actions of the shipped demo, and the window it writes.
+fn shipped_actions() -> (Value, u16) {
     let shipped = include_str!("../../chains/demo.json");
     let shipped: Value = serde_json::from_str(shipped).unwrap();
     let actions = shipped["chains"][0]["actions"].clone();
-    assert_eq!(actions[1]["window"], WINDOW);
+    assert_eq!(actions[0]["kind"], "timestamps");
+    let window = actions[1]["window"].as_u64().unwrap();
+    (actions, window.try_into().unwrap())
+}
+
+/// The shipped demo at a place: the window rewritten, the timestamps gone.
+fn demo_at(place: Place) {
+    let (actions, window) = shipped_actions();
     for segment in segments_behind(&place, Value::Null, actions) {
         assert_eq!(segment.option(TIMESTAMPS), None, "{segment:?}");
-        assert_eq!(segment.window == WINDOW, !segment.is_syn(), "{segment:?}");
+        assert_eq!(segment.window == window, !segment.is_syn(), "{segment:?}");
     }
 }
 
@@ -136,21 +141,22 @@ fn demo_by_tc_egress_clsact() {
     demo_at(place("server1", "tc-egress", "clsact"));
 }
 
-/// The shipped file as it is, on a testbed as the README makes it: the server's kernel then
-/// knows no timestamps, and the window that was written.
+/// The shipped file as it is, where the README applies it: the server's kernel then knows no
+/// timestamps, and the window that was written.
 #[test]
 fn demo_as_shipped() {
-    let environment = Environment::direct();
+    let environment = Environment::routed();
+    let (_, window) = shipped_actions();
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/chains/demo.json");
-    environment.ok(Role::Server, &["apply", file]);
+    environment.ok(Role::Router, &["apply", file]);
     let [address, _] = server_addresses(&environment);
     let mut connection = Connection::open(&environment, address, PORT);
     connection.exchange(10);
     let info = tcp_info(&connection.server);
     assert!(!info.timestamps);
-    assert_eq!(info.send_window, u32::from(WINDOW) << info.send_scale);
+    assert_eq!(info.send_window, u32::from(window) << info.send_scale);
     connection.transfer(MEGABYTES);
-    assert!(environment.packets(Role::Server, "demo") > 20);
+    assert!(environment.packets(Role::Router, "demo") > 20);
     let other = Connection::open(&environment, address, PORT + 1);
     assert!(tcp_info(&other.server).timestamps);
 }
