@@ -58,7 +58,11 @@ impl BpfFolder {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         static SWEEP: Once = Once::new();
         require_root();
-        SWEEP.call_once(remove_stale_folders);
+        SWEEP.call_once(|| {
+            for folder in stale_folders(Path::new(BPFFS)) {
+                remove_folder(&folder);
+            }
+        });
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let name = format!("{PREFIX}{}-{number}", std::process::id());
         BpfFolder(Path::new(BPFFS).join(name))
@@ -89,20 +93,17 @@ fn remove_folder(folder: &Path) {
     let _ = fs::remove_dir_all(folder);
 }
 
-/// Removes the folders of processes that are gone.
-fn remove_stale_folders() {
-    for entry in fs::read_dir(BPFFS).into_iter().flatten().flatten() {
+/// Those in `parent` that are called after processes that are gone.
+fn stale_folders(parent: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    let stale = entries.filter(|entry| {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let Some((pid, _)) = name
-            .strip_prefix(PREFIX)
-            .and_then(|rest| rest.split_once('-'))
-        else {
-            continue;
-        };
-        if !Path::new("/proc").join(pid).exists() {
-            remove_folder(&entry.path());
-        }
-    }
+        let rest = name.strip_prefix(PREFIX).and_then(|it| it.split_once('-'));
+        rest.is_some_and(|(pid, _)| {
+            pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists()
+        })
+    });
+    stale.map(|entry| entry.path()).collect()
 }
 
 /// A folder for files, removed with its contents.
@@ -111,6 +112,12 @@ pub struct Files(PathBuf);
 impl Files {
     pub fn new() -> Files {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
+        static SWEEP: Once = Once::new();
+        SWEEP.call_once(|| {
+            for folder in stale_folders(&std::env::temp_dir()) {
+                let _ = fs::remove_dir_all(folder);
+            }
+        });
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let name = format!("{PREFIX}{}-{number}", std::process::id());
         let folder = std::env::temp_dir().join(name);
