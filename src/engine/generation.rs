@@ -78,6 +78,8 @@ pub struct Generation {
     pub counters: OwnedFd,
     pub node_count: usize,
     pub carrier: &'static str,
+    /// Its maps are pinned, and stay when this is dropped.
+    pub pinned: bool,
 }
 
 /// Loads `graph`.
@@ -128,6 +130,7 @@ pub fn load(graph: &Graph, environment: &Environment<'_>) -> Result<Generation> 
         counters: shared.counters,
         node_count: graph.nodes.len(),
         carrier: carrier_name(environment.hook, carrier),
+        pinned: false,
     })
 }
 
@@ -139,6 +142,18 @@ impl Generation {
     pub fn zero_counters(&self) -> Result<()> {
         let entries = u32::try_from(self.node_count + 1).context("too many nodes")?;
         sys::percpu_zero(&self.counters, entries, STATS_SIZE as usize).context("zero the counters")
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if self.pinned {
+            return;
+        }
+        for array in [&self.nodes, &self.chains] {
+            // The kernel releases it in any case, only more slowly.
+            drop(overwrite(array, &self.stub));
+        }
     }
 }
 

@@ -415,9 +415,9 @@ impl Store {
         &self,
         folder: &Path,
         number: u64,
-        generation: &Generation,
+        generation: &mut Generation,
         record: &Value,
-    ) -> Result<PathBuf> {
+    ) -> Result<()> {
         make_folder(folder)?;
         let path = folder.join(format!("g{number}"));
         make_folder(&path)?;
@@ -439,7 +439,8 @@ impl Store {
             drop(remove_generation(&path));
             return Err(error);
         }
-        Ok(path)
+        generation.pinned = true;
+        Ok(())
     }
 
     /// Folder of an attachment.
@@ -533,7 +534,7 @@ impl Record {
         place: &Place,
         mode: Mode,
         qdisc_is_ours: bool,
-        generation: &Generation,
+        carrier: &str,
         chains: &[&Chain],
         made_from: &Value,
         graph: &Graph,
@@ -554,7 +555,7 @@ impl Record {
         json!({
             "device": place.device,
             "mode": mode.name(),
-            "carrier": generation.carrier,
+            "carrier": carrier,
             "qdisc_is_ours": qdisc_is_ours,
             "chains": chains.iter().map(|chain| chain.to_json()).collect::<Vec<_>>(),
             "made_from": made_from,

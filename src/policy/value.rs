@@ -50,7 +50,9 @@ impl Field {
 
     /// Whether an action may read the member from the element's argument.
     pub fn can_come_from_element(&self) -> bool {
+        // What has one value only cannot come from anywhere.
         self.array.is_none()
+            && self.range.is_none_or(|(low, high)| low < high)
             && matches!(
                 self.ty,
                 FieldType::Unsigned { .. }

@@ -592,3 +592,42 @@ fn delete_all_leaves_filters_elsewhere() {
     expect_clean(&environment, Role::Client, "path1");
     expect_gone(&ever);
 }
+
+/// Sub-chains and sets are one for all namespaces of a folder: none takes them from another.
+#[test]
+fn what_another_namespace_uses_stays() {
+    let environment = Environment::direct();
+    let file = |window: u32| {
+        json!({
+            "version": 1,
+            "sets": { "ports": { "kind": "port", "size": 5 } },
+            "chains": [
+                { "name": "far", "attach": [{ "device": "path1", "hook": "xdp" }],
+                  "selectors": [{ "selector": "service", "set": "ports" }],
+                  "then": { "goto": "shared" } },
+                { "name": "shared",
+                  "actions": [{ "action": "set_window", "raw": true, "window": window }] },
+            ],
+        })
+    };
+    environment.apply(Role::Client, &file(1));
+    let used = "the chain shared is in use";
+    let changed = environment.file(
+        "changed.json",
+        &json!({
+            "version": 1,
+            "chains": [{ "name": "shared", "actions": [{ "action": "count" }] }],
+        }),
+    );
+    let message = environment.fails(Role::Server, 1, &["apply", &changed]);
+    says(&message, &[used, "path1 xdp of network namespace"]);
+    let message = environment.fails(Role::Server, 1, &["delete", "shared"]);
+    says(&message, &[used]);
+    let nothing = environment.file("nothing.json", &json!({ "version": 1, "chains": [] }));
+    environment.fails(Role::Server, 1, &["apply", "--prune", &nothing]);
+    let message = environment.fails(Role::Server, 1, &["set", "delete", "ports"]);
+    says(&message, &["in use"]);
+    environment.ok(Role::Client, &["apply", &changed]);
+    environment.ok(Role::Client, &["delete", "--all"]);
+    expect_clean(&environment, Role::Client, "path1");
+}

@@ -2,10 +2,9 @@
 //! What depends on the attachment: several chains on one, and devices without a link header.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use policy_chain::engine::generation::{self, CarrierChoice, Environment};
+use policy_chain::engine::generation::{self, CarrierChoice, Environment, Generation};
 use policy_chain::engine::names::SystemNames;
 use policy_chain::engine::sys;
 use policy_chain::hook::{Family, Hook};
@@ -19,8 +18,8 @@ use crate::frames::*;
 const PASS: &str = "pass";
 const DROP: &str = "drop";
 
-/// The entry program of an attachment that runs all the chains.
-fn attach(chains: &Value, hook: Hook, no_link: bool) -> OwnedFd {
+/// What an attachment that runs all the chains has loaded.
+fn attach(chains: &Value, hook: Hook, no_link: bool) -> Generation {
     let registry = Registry::embedded().unwrap();
     let file = json!({ "version": 1, "chains": chains }).to_string();
     let spec = Spec::parse(&file, Path::new("rows.json"), registry).unwrap();
@@ -39,20 +38,19 @@ fn attach(chains: &Value, hook: Hook, no_link: bool) -> OwnedFd {
         },
         sets: &BTreeMap::new(),
     };
-    // the maps of the rest live as long as the entry program refers to them
-    let generation = generation::load(&graph, &environment).unwrap();
-    KEPT.with_borrow_mut(|kept| kept.push(generation.nodes));
-    generation.entry
-}
-
-thread_local! {
-    /// A PROG_ARRAY is emptied when its last user-space reference goes.
-    static KEPT: std::cell::RefCell<Vec<OwnedFd>> = const { std::cell::RefCell::new(Vec::new()) };
+    generation::load(&graph, &environment).unwrap()
 }
 
 #[track_caller]
-fn check(entry: &OwnedFd, hook: Hook, what: &str, frame: &[u8], verdict: &str, output: &[u8]) {
-    let run = sys::test_run(entry, frame, None).unwrap();
+fn check(
+    attached: &Generation,
+    hook: Hook,
+    what: &str,
+    frame: &[u8],
+    verdict: &str,
+    output: &[u8],
+) {
+    let run = sys::test_run(&attached.entry, frame, None).unwrap();
     let dropped = match hook.family() {
         Family::Xdp => run.verdict == 1,
         Family::Tc => run.verdict == 2,
@@ -98,7 +96,7 @@ fn chains_do_not_match_crosswise() {
     ]);
     let from = |a: u8, port: u16| v4().between([10, 0, 0, a], V4_DST).ports(SRC_PORT, port);
     for hook in Hook::ALL {
-        let entry = attach(&chains, hook, false);
+        let attached = attach(&chains, hook, false);
         for (what, frame, verdict) in [
             ("A, spark", from(11, 7077), DROP),
             ("B, web", from(12, 80), DROP),
@@ -106,7 +104,7 @@ fn chains_do_not_match_crosswise() {
             ("B, spark", from(12, 7077), PASS),
         ] {
             let frame = frame.build();
-            check(&entry, hook, what, &frame, verdict, &frame);
+            check(&attached, hook, what, &frame, verdict, &frame);
         }
     }
 }
@@ -135,7 +133,7 @@ fn the_first_chain_that_matches_takes_the_packet() {
         ),
     ]);
     for hook in Hook::ALL {
-        let entry = attach(&chains, hook, false);
+        let attached = attach(&chains, hook, false);
         for (what, frame, verdict, output) in [
             ("not TCP", v6().protocol(UDP), PASS, v6().protocol(UDP)),
             (
@@ -148,7 +146,14 @@ fn the_first_chain_that_matches_takes_the_packet() {
             ("edited, then the last", v6(), DROP, v6()),
             ("only the last", v6().ports(1, 2), DROP, v6()),
         ] {
-            check(&entry, hook, what, &frame.build(), verdict, &output.build());
+            check(
+                &attached,
+                hook,
+                what,
+                &frame.build(),
+                verdict,
+                &output.build(),
+            );
         }
     }
 }
@@ -176,7 +181,7 @@ fn an_argument_is_not_left_for_the_next_chain() {
     ]);
     let reset = |frame: Frame| frame.flags(RST);
     for hook in Hook::ALL {
-        let entry = attach(&chains, hook, false);
+        let attached = attach(&chains, hook, false);
         for (what, frame, output) in [
             ("of the first", reset(v4()), reset(v4()).window(100)),
             (
@@ -191,7 +196,7 @@ fn an_argument_is_not_left_for_the_next_chain() {
                 v6().ports(5, 80).window(200),
             ),
         ] {
-            check(&entry, hook, what, &frame.build(), PASS, &output.build());
+            check(&attached, hook, what, &frame.build(), PASS, &output.build());
         }
     }
 }
@@ -204,17 +209,24 @@ fn devices_without_a_link_header() {
     let grown = json!({ "actions": [{ "action": "insert_option", "kind": 253, "data": "aabb" }] });
     let without_link = |frame: &Frame| frame.build()[14..].to_vec();
     for hook in Hook::ALL {
-        let entry = attach(&json!([chain("a", 0, taken.clone())]), hook, true);
+        let attached = attach(&json!([chain("a", 0, taken.clone())]), hook, true);
         let growing = attach(&json!([chain("a", 0, grown.clone())]), hook, true);
         for (what, frame) in both() {
             let input = without_link(&frame.clone().payload(b"data"));
             let output = without_link(&frame.clone().payload(b"data").window(9));
-            check(&entry, hook, what, &input, PASS, &output);
+            check(&attached, hook, what, &input, PASS, &output);
             let output = without_link(&frame.clone().options(&[253, 4, 0xaa, 0xbb]));
             check(&growing, hook, what, &without_link(&frame), PASS, &output);
         }
         let noise = [0x20; 60];
-        check(&entry, hook, "neither IPv4 nor IPv6", &noise, PASS, &noise);
+        check(
+            &attached,
+            hook,
+            "neither IPv4 nor IPv6",
+            &noise,
+            PASS,
+            &noise,
+        );
     }
 }
 
@@ -225,10 +237,10 @@ fn redirect_without_a_link_header_leaves_ip_alone() {
         "src_mac": "02:00:00:00:00:aa", "dst_mac": "02:00:00:00:00:bb" });
     let chains = json!([chain("a", 0, json!({ "actions": [action] }))]);
     for hook in Hook::ALL {
-        let entry = attach(&chains, hook, true);
+        let attached = attach(&chains, hook, true);
         for (what, frame) in both() {
             let frame = frame.build()[14..].to_vec();
-            check(&entry, hook, what, &frame, PASS, &frame);
+            check(&attached, hook, what, &frame, PASS, &frame);
         }
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
 use super::set_names_chain;
 use crate::engine::attach::Place;
@@ -17,22 +18,26 @@ pub(super) struct Current {
     pub(super) state: State,
     /// In this network namespace, unless read everywhere.
     pub(super) attachments: Vec<Attachment>,
+    /// In other network namespaces. They share the sub-chains and sets, and stay as they are.
+    pub(super) elsewhere: Vec<Attachment>,
 }
 
 impl Current {
     pub(super) fn read(store: &Store) -> Result<Current> {
         let here = netns::current_id()?;
         let mut current = Current::everywhere(store)?;
-        let attachments = &mut current.attachments;
-        attachments.retain(|attachment| attachment.netns == here);
+        (current.attachments, current.elsewhere) = std::mem::take(&mut current.attachments)
+            .into_iter()
+            .partition(|attachment| attachment.netns == here);
         Ok(current)
     }
 
-    /// With what runs in other network namespaces.
+    /// With what runs in other network namespaces, to change that too.
     pub(super) fn everywhere(store: &Store) -> Result<Current> {
         Ok(Current {
             state: store.state()?,
             attachments: store.attachments()?,
+            elsewhere: Vec::new(),
         })
     }
 
@@ -140,8 +145,11 @@ impl Desired {
     }
 
     /// Forgets the ids of chains that are gone, unless elements still name them.
-    pub(super) fn drop_unused_ids(&mut self, store: &Store, state: &State) -> Result<()> {
-        let live: BTreeSet<String> = self.chains().map(|chain| chain.name.clone()).collect();
+    pub(super) fn drop_unused_ids(&mut self, store: &Store, current: &Current) -> Result<()> {
+        let state = &current.state;
+        let here = self.chains().map(|chain| &chain.name);
+        let nodes = current.elsewhere.iter().flat_map(|a| &a.record.nodes);
+        let live: BTreeSet<String> = here.chain(nodes.map(|node| &node.chain)).cloned().collect();
         for (name, id) in &state.ids {
             if live.contains(name) {
                 continue;
@@ -160,6 +168,25 @@ impl Desired {
     fn chains(&self) -> impl Iterator<Item = &Chain> {
         let attached = self.targets.iter().flat_map(|target| &target.chains);
         attached.chain(&self.subs)
+    }
+
+    /// Refuses to take sub-chains and sets from under chains of other network namespaces, whose
+    /// programs were made from them.
+    pub(super) fn check_elsewhere(&self, elsewhere: &[Attachment]) -> Result<(), Refused> {
+        let subs: Vec<Value> = self.subs.iter().map(Chain::to_json).collect();
+        for attachment in elsewhere {
+            let made_from = &attachment.record.made_from;
+            let mut used = made_from["subs"].as_array().into_iter().flatten();
+            let changed = used.find(|sub| !subs.contains(sub));
+            if let Some(name) = changed.and_then(|sub| sub["name"].as_str()) {
+                return Err(in_use_elsewhere("chain", name, attachment));
+            }
+            let mut used = made_from["sets"].as_object().into_iter().flatten();
+            if let Some((name, _)) = used.find(|(name, _)| !self.sets.contains_key(*name)) {
+                return Err(in_use_elsewhere("set", name, attachment));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses to take a sub-chain from under a chain that goes to it.
@@ -219,6 +246,17 @@ impl Desired {
         }
         Ok(())
     }
+}
+
+fn in_use_elsewhere(what: &str, name: &str, user: &Attachment) -> Refused {
+    Refused::state(
+        format!("the {what} {name} is in use"),
+        format!(
+            "by the chains on {} {} of network namespace {}",
+            user.record.device, user.place.hook, user.netns
+        ),
+        "first delete those, inside that namespace, or use another --bpffs folder for each",
+    )
 }
 
 fn refuse_other_shape(name: &str, existing: &SetSpec, set: &SetSpec) -> Result<(), Invalid> {

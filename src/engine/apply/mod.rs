@@ -116,7 +116,8 @@ pub fn apply(store: &Store, files: &Spec, options: Options<'_>) -> Result<Report
     let mut desired = Desired::merge(&current, files, options.prune)?;
     desired.add_places(files)?;
     desired.check()?;
-    desired.drop_unused_ids(store, &current.state)?;
+    desired.check_elsewhere(&current.elsewhere)?;
+    desired.drop_unused_ids(store, &current)?;
     Transaction::new(store, current, desired, options)?.run(options.dry_run)
 }
 
@@ -147,7 +148,8 @@ pub fn delete(store: &Store, names: &[String], force: bool) -> Result<Report> {
     }
     let mut desired = Desired::keep(&current, |name| !names.iter().any(|gone| gone == name));
     desired.check()?;
-    desired.drop_unused_ids(store, &current.state)?;
+    desired.check_elsewhere(&current.elsewhere)?;
+    desired.drop_unused_ids(store, &current)?;
     Transaction::new(store, current, desired, Options::default())?.run(false)
 }
 

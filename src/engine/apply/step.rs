@@ -45,19 +45,20 @@ pub(super) enum Done {
 impl Step {
     /// Pins the new generation and makes it the one that runs.
     pub(super) fn commit(&mut self, store: &Store, our_qdiscs: &mut BTreeSet<u32>) -> Result<()> {
-        let Some(generation) = &self.new else {
+        let Some(generation) = &mut self.new else {
             return Ok(());
         };
         let place = &self.target.place;
         let folder = store.attachment_folder(place)?;
         let number = self.old.as_ref().map_or(1, |old| old.number + 1);
         let chains: Vec<&Chain> = self.target.chains.iter().collect();
+        let carrier = generation.carrier;
         let record = |mode, qdisc_is_ours| {
             Record::json(
                 place,
                 mode,
                 qdisc_is_ours,
-                generation,
+                carrier,
                 &chains,
                 &self.made_from,
                 &self.graph,
@@ -92,7 +93,7 @@ impl Step {
         let record = record(mode, qdisc_is_ours);
         let pinned = store
             .pin_generation(&folder, number, generation, &record)
-            .and_then(|_| hold.pin(&folder.join("link")));
+            .and_then(|()| hold.pin(&folder.join("link")));
         if let Err(error) = pinned {
             place.detach(&hold)?;
             return Err(error);

@@ -47,8 +47,8 @@ impl<'a> Transaction<'a> {
         let mut change = Transaction {
             store,
             current: Current {
-                state: current.state,
                 attachments: Vec::new(),
+                ..current
             },
             desired,
             steps: Vec::new(),
