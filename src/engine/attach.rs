@@ -85,12 +85,20 @@ impl Place {
 
     /// Attaches a program for the first time, and tells the mode it got.
     ///
+    /// A link goes with this process until it is pinned; a filter stays. So `before_filter` runs
+    /// before a filter is attached: what tells that it is ours must be kept by then.
+    ///
     /// # Errors
     /// [`Refused`] where somebody else's program is there, or the mode is not to be had.
-    pub fn attach(&self, program: impl AsFd, mode: Mode) -> Result<(Hold, Mode)> {
+    pub fn attach(
+        &self,
+        program: impl AsFd,
+        mode: Mode,
+        before_filter: impl FnOnce() -> Result<()>,
+    ) -> Result<(Hold, Mode)> {
         match self.hook {
             Hook::Xdp => self.attach_xdp(program, mode),
-            Hook::TcIngress | Hook::TcEgress => self.attach_tc(program, mode),
+            Hook::TcIngress | Hook::TcEgress => self.attach_tc(program, mode, before_filter),
         }
     }
 
@@ -154,7 +162,12 @@ impl Place {
         }
     }
 
-    fn attach_tc(&self, program: impl AsFd, mode: Mode) -> Result<(Hold, Mode)> {
+    fn attach_tc(
+        &self,
+        program: impl AsFd,
+        mode: Mode,
+        before_filter: impl FnOnce() -> Result<()>,
+    ) -> Result<(Hold, Mode)> {
         if mode != Mode::Clsact {
             match sys::tcx_link_create(&program, self.ifindex, self.direction()) {
                 Ok(link) => return Ok((Hold::Link(link), Mode::Tcx)),
@@ -162,6 +175,7 @@ impl Place {
                 Err(error) => return Err(self.no_tcx(&error)),
             }
         }
+        before_filter()?;
         let attached = sys::clsact_attach(
             program,
             self.ifindex,

@@ -443,6 +443,17 @@ impl Store {
         Ok(())
     }
 
+    /// Replaces the record of a generation in one step.
+    ///
+    /// # Errors
+    /// What the kernel says; the old record then stays.
+    pub fn replace_record(&self, folder: &Path, number: u64, record: &Value) -> Result<()> {
+        let generation = folder.join(format!("g{number}"));
+        let new = generation.join("record_new");
+        write_json("pc_record", record, &new)?;
+        fs::rename(&new, generation.join("record")).context("replace the record")
+    }
+
     /// Folder of an attachment.
     ///
     /// # Errors

@@ -147,7 +147,8 @@ impl Carrier {
             Hook::Xdp => Mode::Native,
             Hook::TcIngress | Hook::TcEgress => Mode::Auto,
         };
-        let (hold, _) = veth.in_namespace(|| place.attach(&generation.entry, mode))??;
+        let (hold, _) =
+            veth.in_namespace(|| place.attach(&generation.entry, mode, || Ok(())))??;
         Ok(Carrier { veth, _hold: hold })
     }
 }

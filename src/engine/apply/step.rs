@@ -80,21 +80,27 @@ impl Step {
             old.place.detach(&old.hold)?;
             unpin_link(&folder)?;
         }
-        let attached = place.attach(&generation.entry, self.target.mode);
+        let entry = generation.entry.try_clone()?;
+        let attached = place.attach(&entry, self.target.mode, || {
+            let record = record(Mode::Clsact, our_qdiscs.contains(&place.ifindex));
+            store.pin_generation(&folder, number, generation, &record)
+        });
         let (hold, mode) = match self.target.asked_by() {
             Some(origin) => attached.context(origin)?,
             None => attached?,
         };
         self.mode = mode;
-        if matches!(hold, Hold::Clsact { qdisc_is_ours } if qdisc_is_ours) {
-            our_qdiscs.insert(place.ifindex);
-        }
-        let qdisc_is_ours = mode == Mode::Clsact && our_qdiscs.contains(&place.ifindex);
-        let record = record(mode, qdisc_is_ours);
-        let pinned = store
-            .pin_generation(&folder, number, generation, &record)
-            .and_then(|()| hold.pin(&folder.join("link")));
-        if let Err(error) = pinned {
+        let kept = match hold {
+            Hold::Link(_) => store
+                .pin_generation(&folder, number, generation, &record(mode, false))
+                .and_then(|()| hold.pin(&folder.join("link"))),
+            Hold::Clsact { qdisc_is_ours } if qdisc_is_ours => {
+                our_qdiscs.insert(place.ifindex);
+                store.replace_record(&folder, number, &record(mode, true))
+            }
+            Hold::Clsact { .. } => Ok(()),
+        };
+        if let Err(error) = kept {
             place.detach(&hold)?;
             return Err(error);
         }
@@ -143,7 +149,7 @@ impl Step {
 
 /// Attaches what ran before in its old mode.
 fn reattach(old: &Attachment, entry: &OwnedFd, folder: &Path) -> Result<()> {
-    let (hold, _) = old.place.attach(entry, old.record.mode)?;
+    let (hold, _) = old.place.attach(entry, old.record.mode, || Ok(()))?;
     hold.pin(&folder.join("link"))
 }
 
