@@ -176,16 +176,16 @@ fn values_out_of_range() {
         ],
     );
     refused(
-        action(json!({ "action": "set_window", "raw": true, "window": 65536 })),
-        &["$.chains[0].actions[0].window", "65536", "from 0 to 65535"],
+        action(json!({ "action": "set_window", "raw": true, "bytes": 65536 })),
+        &["$.chains[0].actions[0].bytes", "65536", "from 0 to 65535"],
     );
     refused(
-        action(json!({ "action": "set_window", "raw": false, "window": 1 })),
+        action(json!({ "action": "set_window", "raw": false, "bytes": 1 })),
         &["$.chains[0].actions[0].raw", "false", "only true"],
     );
     refused(
         action(json!({ "action": "set_window", "raw": true })),
-        &["$.chains[0].actions[0].window", "nothing"],
+        &["$.chains[0].actions[0].bytes", "nothing"],
     );
     refused(
         action(json!({ "action": "insert_option", "kind": 253, "data": "00".repeat(39) })),

@@ -98,7 +98,7 @@ fn shipped_actions() -> (Value, u16) {
     let shipped: Value = serde_json::from_str(shipped).unwrap();
     let actions = shipped["chains"][0]["actions"].clone();
     assert_eq!(actions[0]["kind"], "timestamps");
-    let window = actions[1]["window"].as_u64().unwrap();
+    let window = actions[1]["bytes"].as_u64().unwrap();
     (actions, window.try_into().unwrap())
 }
 

@@ -36,7 +36,7 @@ fn chain(name: &str, number: u64, devices: &[&str], hook: &str, mode: &str) -> V
             ],
             "actions": [
                 { "action": "count" },
-                { "action": "set_window", "raw": true, "window": 1000 + number },
+                { "action": "set_window", "raw": true, "bytes": 1000 + number },
             ],
         }],
     })
@@ -99,7 +99,7 @@ fn apply_repeatedly(hook: &str, mode: &str) {
     assert!(counted > before);
     let listed = environment.listed(Role::Server, "t");
     assert_eq!(listed["attach"][0]["generation"], APPLIES + 1);
-    assert_eq!(listed["actions"][1]["window"], 1000 + APPLIES);
+    assert_eq!(listed["actions"][1]["bytes"], 1000 + APPLIES);
     let generations = environment.generations();
     assert_eq!(generations.len(), 1, "{generations:?}");
 
@@ -207,14 +207,14 @@ fn kill_apply(hook: &str, mode: &str) {
         let file = environment.file("killed.json", &changed(number));
         kill_sometime(&environment, &["apply", &file], usual, &mut noise);
         let listed = environment.listed(Role::Server, "t");
-        let window = listed["actions"][1]["window"].as_u64().unwrap();
+        let window = listed["actions"][1]["bytes"].as_u64().unwrap();
         assert!((1000..=1000 + number).contains(&window), "{listed}");
         flow.expect_progress();
     }
     ever.extend(&Objects::below(environment.folder()));
     environment.apply(Role::Server, &changed(100));
     let listed = environment.listed(Role::Server, "t");
-    assert_eq!(listed["actions"][1]["window"], 1100);
+    assert_eq!(listed["actions"][1]["bytes"], 1100);
     let before = listed["packets"].as_u64().unwrap();
     flow.expect_progress();
     eventually("the new chain counts", || {
@@ -374,9 +374,9 @@ fn failures_change_nothing() {
     };
     fails("{ \"version\": 1, ", 2, &["bad.json", "valid JSON"]);
     fails(
-        &changed(&|file| file["chains"][0]["actions"][1]["window"] = 70_000.into()),
+        &changed(&|file| file["chains"][0]["actions"][1]["bytes"] = 70_000.into()),
         2,
-        &["$.chains[0].actions[1].window", "70000", "65535"],
+        &["$.chains[0].actions[1].bytes", "70000", "65535"],
     );
     fails(
         &changed(&|file| file["chains"][0]["actions"][0]["action"] = "cont".into()),
@@ -606,7 +606,7 @@ fn what_another_namespace_uses_stays() {
                   "selectors": [{ "selector": "service", "set": "ports" }],
                   "then": { "goto": "shared" } },
                 { "name": "shared",
-                  "actions": [{ "action": "set_window", "raw": true, "window": window }] },
+                  "actions": [{ "action": "set_window", "raw": true, "bytes": window }] },
             ],
         })
     };

@@ -74,7 +74,7 @@ fn direct_jumps_at(hook: &str, with_context: bool) {
                 "actions": [
                     { "action": "count" },
                     { "action": "strip_option", "kind": "timestamps" },
-                    { "action": "set_window", "raw": true, "window": window },
+                    { "action": "set_window", "raw": true, "bytes": window },
                     { "action": "set_mss", "bytes": 1000 },
                     { "action": "insert_option", "kind": 253 },
                     { "action": "count" },

@@ -35,7 +35,7 @@ fn verdict_map(hook: &str) -> Value {
             },
             {
                 "name": "narrow",
-                "actions": [{ "action": "set_window", "raw": true, "window": 99 }],
+                "actions": [{ "action": "set_window", "raw": true, "bytes": 99 }],
             },
             { "name": "stop", "then": "drop" },
         ],
@@ -150,7 +150,7 @@ fn windows_at(hook: &str) {
                 "attach": [{ "device": "path1", "hook": hook }],
                 "selectors": [{ "selector": "flow", "set": "slow" }],
                 "actions": [{
-                    "action": "set_window", "raw": true, "window": { "from": "element" },
+                    "action": "set_window", "raw": true, "bytes": { "from": "element" },
                 }],
             }],
         }),

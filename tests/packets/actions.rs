@@ -10,7 +10,7 @@ use crate::bench::{Bench, Row, Want, act, act_in, check_rows, file, gives, leave
 use crate::frames::*;
 
 fn set_window(window: Value) -> Value {
-    json!({ "action": "set_window", "raw": true, "window": window })
+    json!({ "action": "set_window", "raw": true, "bytes": window })
 }
 
 #[test]

@@ -72,7 +72,7 @@ fn chain(name: &str, priority: i32, members: Value) -> Value {
 }
 
 fn window(value: Value) -> Value {
-    json!([{ "action": "set_window", "raw": true, "window": value }])
+    json!([{ "action": "set_window", "raw": true, "bytes": value }])
 }
 
 /// (A, spark) in one chain and (B, web) in another.

@@ -13,7 +13,7 @@ fn strip() -> Value {
 }
 
 fn window() -> Value {
-    json!({ "action": "set_window", "raw": true, "window": 9 })
+    json!({ "action": "set_window", "raw": true, "bytes": 9 })
 }
 
 /// Actions that look at TCP options.
@@ -266,7 +266,7 @@ fn context_left_on_the_packet() {
                 { "selector": "ip_pair", "op": "or", "keys": [
                     { "local": "10.0.0.2", "remote": "10.0.0.1", "arg": 9 },
                     { "local": "10.0.0.1", "remote": "10.0.0.2", "arg": 9 }] } ],
-            "actions": [{ "action": "set_window", "raw": true, "window": { "from": "element" } }],
+            "actions": [{ "action": "set_window", "raw": true, "bytes": { "from": "element" } }],
             "then": then,
         }));
         let rows = [gives("an alternative", &v4(), &v4().window(9)).verdict(verdict)];

@@ -113,7 +113,7 @@ fn packets_of_many_pages() {
         let chain = file(json!({ "actions": [
             { "action": "strip_option", "kind": "mptcp" },
             { "action": "insert_option", "kind": 253, "data": "aabb" },
-            { "action": "set_window", "raw": true, "window": 9 } ] }));
+            { "action": "set_window", "raw": true, "bytes": 9 } ] }));
         let mut rows = Vec::new();
         for check in [Check::Complete, Check::Seed] {
             for (version, frame) in both() {
@@ -585,7 +585,7 @@ fn giving_up_can_end_the_chain() {
     ] {
         let chain = file(json!({ "actions": [
             { "action": "strip_option", "kind": "mptcp", "on_error": on_error },
-            { "action": "set_window", "raw": true, "window": 9 } ] }));
+            { "action": "set_window", "raw": true, "bytes": 9 } ] }));
         let with = v4().options(&words(&[&[MPTCP, 2]]));
         let mut row = leaves("absent", &v4(), "option_absent");
         if second {

@@ -183,7 +183,7 @@ fn verdicts_of_random_packets() {
 #[test]
 fn fields_of_random_packets() {
     for action in [
-        json!({ "action": "set_window", "raw": true, "window": 9 }),
+        json!({ "action": "set_window", "raw": true, "bytes": 9 }),
         json!({ "action": "set_mss", "bytes": 536 }),
         json!({ "action": "set_mss", "bytes": 536, "mode": "set" }),
     ] {

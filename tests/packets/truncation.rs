@@ -145,7 +145,7 @@ fn selectors_do_not_guess() {
 #[test]
 fn actions_on_tcp_want_the_whole_header() {
     for action in [
-        json!({ "action": "set_window", "raw": true, "window": 9 }),
+        json!({ "action": "set_window", "raw": true, "bytes": 9 }),
         json!({ "action": "set_mss", "bytes": 1 }),
         json!({ "action": "strip_option", "kind": "mptcp" }),
         json!({ "action": "strip_option", "kind": "mptcp", "subtype": "add_addr" }),
@@ -211,7 +211,7 @@ fn an_empty_packet_of_each_type() {
     for kind in [[8, 0], [0x86, 0xdd], [0x81, 0], [0x88, 0xa8]] {
         let frame = [&[2; 12][..], &kind].concat();
         let chain =
-            file(json!({ "actions": [{ "action": "set_window", "raw": true, "window": 9 }] }));
+            file(json!({ "actions": [{ "action": "set_window", "raw": true, "bytes": 9 }] }));
         let mut bench = Bench::load(&chain, Hook::Xdp, CarrierChoice::Auto);
         let outcome = bench.run("empty", &frame);
         assert_eq!(outcome.reasons, ["truncated"], "{kind:?}");
