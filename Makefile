@@ -66,5 +66,7 @@ ifneq ($(shell id -u),0)
 endif
 	@mountpoint -q /sys/fs/bpf || $(SUDO) mount -t bpf -o mode=0700 bpf /sys/fs/bpf
 
+# Tests that ran as root left files of root's there.
 clean:
+	$(SUDO) rm -rf $(TARGET)/tmp
 	$(CARGO) clean
