@@ -38,3 +38,9 @@ pub const CONTEXT_SIZE: u32 = size_of::<chain_ctx>() as u32;
 pub const STATS_SIZE: u32 = size_of::<node_stats>() as u32;
 /// Size of the value of a set's element, in bytes.
 pub const ELEMENT_SIZE: u32 = size_of::<element>() as u32;
+
+/// A value of one of the types above, as the kernel takes it.
+pub(super) fn bytes_of<T: plain::Plain>(value: &T) -> &[u8] {
+    // SAFETY: what is marked plain here has no padding, so every byte is initialised.
+    unsafe { plain::as_bytes(value) }
+}

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use super::bpf::types::node_stats;
-use super::bpf::{REASONS, STATS_SIZE};
+use super::bpf::{REASONS, STATS_SIZE, bytes_of};
 use super::sys;
 
 /// The counters of one node. Values only grow.
@@ -127,9 +127,8 @@ pub fn save(totals: &[Counters]) -> Result<std::os::fd::OwnedFd> {
         .context("make a map for earlier totals")?;
     for (index, total) in (0u32..).zip(totals) {
         let stats = total.to_stats();
-        // SAFETY: a C struct of integers without padding.
-        let bytes = unsafe { plain::as_bytes(&stats) };
-        sys::map_update(&map, &index.to_ne_bytes(), bytes, 0).context("keep earlier totals")?;
+        sys::map_update(&map, &index.to_ne_bytes(), bytes_of(&stats), 0)
+            .context("keep earlier totals")?;
     }
     Ok(map)
 }

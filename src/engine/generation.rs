@@ -11,7 +11,7 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapType, ObjectBuilder};
 
 use super::bpf::types::{self, node_config, node_flags};
-use super::bpf::{self, CONTEXT_SIZE, STATS_SIZE};
+use super::bpf::{self, CONTEXT_SIZE, STATS_SIZE, bytes_of};
 use super::kernel;
 use super::sets;
 use super::sys;
@@ -419,11 +419,6 @@ entry_from_skeleton!(entry_tc, tc);
 
 // SAFETY: the same C struct as `bpf::types::node_config`, from the other compilation.
 unsafe impl plain::Plain for bpf::tc::types::node_config {}
-
-fn bytes_of(config: &node_config) -> &[u8] {
-    // SAFETY: a C struct of integers without padding.
-    unsafe { plain::as_bytes(config) }
-}
 
 fn successor_value(successor: Successor) -> u32 {
     match successor {

@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapType, ObjectBuilder};
 use serde_json::{Map, Value};
 
-use super::bpf::ELEMENT_SIZE;
 use super::bpf::types::{element, element_flags};
+use super::bpf::{ELEMENT_SIZE, bytes_of};
 use super::generation::kernel_error;
 use super::names::SystemNames;
 use super::store::Store;
@@ -94,9 +94,7 @@ impl Packed {
         let key = layout.pack(item, path, &[ARGUMENT, CHAIN], names, false)?;
         self.keys.extend_from_slice(&key.bytes);
         let value = value_of(item, path, names)?;
-        // SAFETY: a C struct of integers without padding.
-        self.values
-            .extend_from_slice(unsafe { plain::as_bytes(&value) });
+        self.values.extend_from_slice(bytes_of(&value));
         self.count += 1;
         Ok(())
     }

@@ -53,8 +53,6 @@ pub struct Node {
     /// A selector that matches what its policy does not.
     pub negate: bool,
     pub keys: Keys,
-    /// Kind of set a keyed selector takes.
-    pub set_kind: Option<String>,
     pub params: Map<String, Value>,
     /// What a selector does to the argument in the packet's context when it matches.
     pub argument: ArgumentUse,
@@ -244,7 +242,6 @@ impl Planner<'_> {
                     otherwise: missed,
                     negate: selector.negate,
                     keys: selector.keys.clone(),
-                    set_kind: selector.kind.clone(),
                     params: selector.params.clone(),
                     argument: match reads {
                         true if selector.keys != Keys::None && !selector.negate => {
@@ -275,7 +272,6 @@ impl Planner<'_> {
             otherwise: Successor::Pass,
             negate: false,
             keys: Keys::None,
-            set_kind: None,
             params: Map::new(),
             argument: ArgumentUse::Leave,
             terminal: false,

@@ -43,6 +43,25 @@ pub(super) enum Done {
 }
 
 impl Step {
+    /// To nothing.
+    pub(super) fn remove(old: Attachment) -> Step {
+        Step {
+            target: Target {
+                place: old.place.clone(),
+                mode: old.record.mode,
+                chains: Vec::new(),
+            },
+            mode: old.record.mode,
+            change: Change::Remove,
+            carrier: CarrierChoice::Auto,
+            graph: Graph::empty(),
+            made_from: Value::Null,
+            old: Some(old),
+            new: None,
+            done: None,
+        }
+    }
+
     /// Pins the new generation and makes it the one that runs.
     pub(super) fn commit(&mut self, store: &Store, our_qdiscs: &mut BTreeSet<u32>) -> Result<()> {
         let Some(generation) = &mut self.new else {
@@ -64,10 +83,7 @@ impl Step {
                 &self.graph,
             )
         };
-        let keep = self
-            .old
-            .as_ref()
-            .filter(|old| self.target.mode == Mode::Auto || self.target.mode == old.record.mode);
+        let keep = self.old.as_ref().filter(|old| self.mode == old.record.mode);
         if let Some(old) = keep {
             let record = record(old.record.mode, old.record.qdisc_is_ours);
             store.pin_generation(&folder, number, generation, &record)?;

@@ -31,6 +31,8 @@ pub(super) struct Transaction<'a> {
     steps: Vec<Step>,
     /// Sets that are new.
     new_sets: BTreeMap<String, OwnedFd>,
+    /// Tells this build's policies from another's.
+    program: String,
     options: Options<'a>,
 }
 
@@ -53,6 +55,7 @@ impl<'a> Transaction<'a> {
             desired,
             steps: Vec::new(),
             new_sets: BTreeMap::new(),
+            program: program_hash(store.registry()),
             options,
         };
         change.make_sets()?;
@@ -79,87 +82,87 @@ impl<'a> Transaction<'a> {
         }
     }
 
-    fn plan(&mut self, targets: Vec<Target>, attachments: Vec<Attachment>) -> Result<()> {
+    fn plan(&mut self, targets: Vec<Target>, mut attachments: Vec<Attachment>) -> Result<()> {
         let subs: BTreeMap<String, &Chain> = self
             .desired
             .subs
             .iter()
             .map(|chain| (chain.name.clone(), chain))
             .collect();
-        let mut attachments: Vec<Option<Attachment>> = attachments.into_iter().map(Some).collect();
         let mut steps = Vec::new();
-        for mut target in targets {
-            let old = attachments
-                .iter_mut()
-                .find(|old| {
-                    old.as_ref().is_some_and(|old| {
-                        (old.place.ifindex, old.place.hook)
-                            == (target.place.ifindex, target.place.hook)
-                    })
-                })
-                .and_then(Option::take);
-            if target.place.device.is_empty() || old.is_some() {
-                target.place = Place::find(&target.place.device, target.place.hook)?;
-            }
-            let chains: Vec<&Chain> = target.chains.iter().collect();
-            let graph = plan::plan(
-                target.place.hook,
-                &chains,
-                &subs,
-                &self.desired.ids,
-                self.store.registry(),
-            )?;
-            let carrier = self
-                .options
-                .carrier
-                .unwrap_or_else(|| carrier_of(old.as_ref()));
-            let made_from = self.made_from(&target, &graph, &subs, carrier)?;
-            let change = match &old {
-                _ if target.chains.is_empty() => Change::Remove,
-                None => Change::Create,
-                Some(old)
-                    if old.record.made_from == made_from
-                        && (target.mode == Mode::Auto || target.mode == old.record.mode) =>
-                {
-                    Change::Unchanged
-                }
-                Some(_) => Change::Replace,
+        for target in targets {
+            let same = |old: &Attachment| {
+                (old.place.ifindex, old.place.hook) == (target.place.ifindex, target.place.hook)
             };
-            let mode = match &old {
-                Some(old) if target.mode == Mode::Auto => old.record.mode,
-                _ => target.mode,
-            };
-            steps.push(Step {
-                target,
-                mode,
-                change,
-                carrier,
-                graph,
-                made_from,
-                old,
-                new: None,
-                done: None,
+            let old = attachments.iter().position(same);
+            let old = old.map(|at| attachments.remove(at));
+            steps.push(match old {
+                Some(old) if target.chains.is_empty() => Step::remove(old),
+                old => self.step(target, old, &subs)?,
             });
         }
-        for old in attachments.into_iter().flatten() {
-            steps.push(Step {
-                target: Target {
-                    place: old.place.clone(),
-                    mode: old.record.mode,
-                    chains: Vec::new(),
-                },
-                mode: old.record.mode,
-                change: Change::Remove,
-                carrier: CarrierChoice::Auto,
-                graph: Graph::empty(),
-                made_from: Value::Null,
-                old: Some(old),
-                new: None,
-                done: None,
-            });
-        }
+        steps.extend(attachments.into_iter().map(Step::remove));
         self.steps = steps;
         Ok(())
+    }
+
+    /// From what runs at a hook, if anything does, to what shall run there.
+    fn step(
+        &self,
+        mut target: Target,
+        old: Option<Attachment>,
+        subs: &BTreeMap<String, &Chain>,
+    ) -> Result<Step> {
+        if old.is_some() {
+            // A record does not tell the link layer.
+            target.place = Place::find(&target.place.device, target.place.hook)?;
+        }
+        let chains: Vec<&Chain> = target.chains.iter().collect();
+        let graph = plan::plan(
+            target.place.hook,
+            &chains,
+            subs,
+            &self.desired.ids,
+            self.store.registry(),
+        )?;
+        let carrier = self
+            .options
+            .carrier
+            .unwrap_or_else(|| carrier_of(old.as_ref()));
+        let made_from = self.made_from(&target, &graph, subs, carrier)?;
+        let mode = match &old {
+            Some(old) if target.mode == Mode::Auto => old.record.mode,
+            _ => target.mode,
+        };
+        let change = match &old {
+            None => Change::Create,
+            Some(old) if old.record.made_from == made_from && old.record.mode == mode => {
+                Change::Unchanged
+            }
+            Some(_) => Change::Replace,
+        };
+        Ok(Step {
+            target,
+            mode,
+            change,
+            carrier,
+            graph,
+            made_from,
+            old,
+            new: None,
+            done: None,
+        })
+    }
+
+    /// The named sets that a graph looks packets up in.
+    fn sets(&self, graph: &Graph) -> Result<BTreeMap<String, OwnedFd>> {
+        let mut sets = BTreeMap::new();
+        for node in &graph.nodes {
+            if let Keys::Set(name) = &node.keys {
+                sets.insert(name.clone(), self.set(name)?);
+            }
+        }
+        Ok(sets)
     }
 
     /// Everything the programs of an attachment are made from.
@@ -171,16 +174,12 @@ impl<'a> Transaction<'a> {
         carrier: CarrierChoice,
     ) -> Result<Value> {
         let mut sets = BTreeMap::new();
-        let mut chains: BTreeSet<&str> = target.chains.iter().map(|c| c.name.as_str()).collect();
-        for node in &graph.nodes {
-            chains.insert(&node.chain);
-            if let Keys::Set(name) = &node.keys {
-                let id = sys::map_info(self.set(name)?)
-                    .with_context(|| format!("look at the set {name}"))?
-                    .id;
-                sets.insert(name.clone(), id);
-            }
+        for (name, set) in self.sets(graph)? {
+            let info = sys::map_info(set).with_context(|| format!("look at the set {name}"))?;
+            sets.insert(name, info.id);
         }
+        let mut chains: BTreeSet<&str> = target.chains.iter().map(|c| c.name.as_str()).collect();
+        chains.extend(graph.nodes.iter().map(|node| node.chain.as_str()));
         let ids: BTreeMap<&str, Option<&u32>> = chains
             .iter()
             .map(|name| (*name, self.desired.ids.get(*name)))
@@ -193,7 +192,7 @@ impl<'a> Transaction<'a> {
         let mut attached: Vec<Value> = target.chains.iter().map(Chain::to_json).collect();
         attached.sort_by_key(|chain| chain["name"].to_string());
         Ok(json!({
-            "program": program_hash(self.store.registry()),
+            "program": self.program,
             "carrier": carrier.name(),
             "chains": attached,
             "subs": subs,
@@ -220,12 +219,7 @@ impl<'a> Transaction<'a> {
     }
 
     fn load_one(&self, step: &Step) -> Result<Generation> {
-        let mut sets = BTreeMap::new();
-        for node in &step.graph.nodes {
-            if let Keys::Set(name) = &node.keys {
-                sets.insert(name.clone(), self.set(name)?);
-            }
-        }
+        let sets = self.sets(&step.graph)?;
         let names = SystemNames {
             chains: &self.desired.ids,
             any_device: false,
