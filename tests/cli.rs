@@ -359,6 +359,45 @@ fn become_nobody() -> std::io::Result<()> {
     }
 }
 
+/// The kernel calls itself 2.6 to a process that asks for that (personality(2)).
+fn see_an_old_kernel() -> std::io::Result<()> {
+    const UNAME26: libc::c_ulong = 0x0020000;
+    // SAFETY: a plain integer.
+    match unsafe { libc::personality(UNAME26) } {
+        -1 => Err(std::io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+#[test]
+fn a_kernel_too_old() {
+    let environment = Environment::direct();
+    let chain = |action: &str| one_chain(json!([]), json!([{ "action": action }]));
+    environment.apply(Role::Server, &chain("count"));
+    let file = environment.file("new.json", &chain("drop"));
+    let mut command = environment.namespace(Role::Server).command(PROGRAM);
+    // SAFETY: a system call only, between fork and exec.
+    unsafe { command.pre_exec(see_an_old_kernel) };
+    command.arg("--bpffs").arg(environment.folder());
+    let output = command.args(["apply", &file]).output().unwrap();
+    let message = failed("an old kernel", 3, &output);
+    says(
+        &message,
+        &[
+            "Linux 2.6",
+            "too old",
+            "xdp.frags",
+            "5.18",
+            "use a kernel from 6.1 on",
+        ],
+    );
+    let listed = environment.ok(Role::Server, &["list", "--json"]);
+    assert!(
+        listed.contains("count") && !listed.contains("drop"),
+        "{listed}"
+    );
+}
+
 #[test]
 fn without_privileges() {
     let environment = Environment::direct();
