@@ -10,4 +10,5 @@ mod actions;
 mod devices;
 mod generations;
 mod jit;
+mod matrix;
 mod verdicts;
