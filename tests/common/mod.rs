@@ -8,7 +8,12 @@
 #![allow(dead_code)]
 
 pub mod capture;
+#[path = "../packets/frames.rs"]
+pub mod frames;
 pub mod kernel;
+pub mod klog;
+pub mod malformed;
+pub mod sender;
 pub mod traffic;
 
 use std::fs;

@@ -8,6 +8,7 @@ mod common;
 
 mod actions;
 mod devices;
+mod flood;
 mod generations;
 mod jit;
 mod matrix;

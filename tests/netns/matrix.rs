@@ -13,7 +13,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use policy_chain::hook::Hook;
-use policy_chain::policy::Registry;
+use policy_chain::policy::{Registry, policy_json};
 use policy_chain::testbed::Role;
 use serde_json::{Value, json};
 
@@ -42,7 +42,8 @@ impl Place {
     }
 
     fn attach(self, devices: &[&str]) -> Value {
-        let item = |device| json!({ "device": device, "hook": self.hook.name(), "mode": self.mode });
+        let item =
+            |device| json!({ "device": device, "hook": self.hook.name(), "mode": self.mode });
         devices.iter().map(item).collect()
     }
 }
@@ -141,8 +142,12 @@ fn rows(place: Place) -> Vec<Row> {
     let rows = vec![
         Row::all("count", place, json!([{ "action": "count" }])),
         Row::all("pass", place, json!([{ "action": "pass" }])),
-        Row::all("goto", place, json!([{ "action": "goto", "chain": "goal" }]))
-            .and(json!({ "name": "goal", "actions": [{ "action": "count" }] })),
+        Row::all(
+            "goto",
+            place,
+            json!([{ "action": "goto", "chain": "goal" }]),
+        )
+        .and(json!({ "name": "goal", "actions": [{ "action": "count" }] })),
         Row::new(
             "drop",
             place,
@@ -439,7 +444,7 @@ fn every_action_on_generic_xdp() {
     all_at(Hook::Xdp, "generic");
 }
 
-/// An action without a row is one that nobody has seen under real TCP; so is a mode of one.
+/// An action without a row is one that nobody has seen under real TCP.
 #[test]
 fn every_action_has_a_row() {
     let registry = Registry::embedded().unwrap();
@@ -457,4 +462,31 @@ fn every_action_has_a_row() {
             .collect();
         assert_eq!(tried, there_are, "{hook}: rows and actions");
     }
+}
+
+#[test]
+fn every_mode_of_an_action_has_a_row() {
+    let registry = Registry::embedded().unwrap();
+    let rows = rows(Place {
+        hook: Hook::Xdp,
+        mode: "auto",
+    });
+    let mut count = 0;
+    for policy in registry.actions() {
+        let described = policy_json(policy);
+        let parameters = described["parameters"].as_array().unwrap().iter();
+        for mode in parameters.filter(|parameter| parameter["name"] == "mode") {
+            let default = &mode["default"];
+            for value in mode["names"].as_array().unwrap() {
+                let is_tried = |action: &Value| {
+                    let given = action.get("mode").unwrap_or(default);
+                    action["action"] == policy.name.as_str() && given == value
+                };
+                let tried = rows.iter().flat_map(Row::actions).any(is_tried);
+                assert!(tried, "{} with mode {value}", policy.name);
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 0);
 }
