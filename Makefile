@@ -12,11 +12,13 @@ SUDO := $(shell command -v sudo)
 TEST_FLAGS = --config "target.'cfg(unix)'.runner = ['$(SUDO)', '-E', 'env', 'PATH=$(PATH)']"
 endif
 
-.PHONY: help build demo test lint schema docs vmlinux install-deps root clean
+.PHONY: help build demo test replay-corpus lint schema docs vmlinux install-deps root clean
 
 help:
 	@echo "make demo      see it work: builds, and runs a chain on real TCP in network namespaces"
 	@echo "make test      run all tests"
+	@echo "make replay-corpus DIR=FOLDER"
+	@echo "               run a folder of captures through every action, and check what comes out"
 	@echo "make build     build target/release/policy-chain"
 	@echo "make lint      formatting, compiler and clippy warnings, scripts"
 	@echo "make docs      make docs/policies.md and the JSON Schema again, from the code"
@@ -32,6 +34,12 @@ demo: install-deps root
 
 test: install-deps root
 	$(CARGO) test $(TEST_FLAGS)
+
+# Of pcap and pcapng files; ends 0 if every packet came out as sound as it went in.
+replay-corpus: install-deps root
+	@test -n "$(DIR)" || { echo "Which folder of captures? make replay-corpus DIR=FOLDER" >&2; exit 2; }
+	$(CARGO) build --release --example replay-corpus
+	$(SUDO) $(TARGET)/release/examples/replay-corpus "$(DIR)"
 
 lint: install-deps
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 || \

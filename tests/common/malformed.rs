@@ -99,8 +99,13 @@ fn valid(noise: &mut Noise) -> Frame {
         frame.fragment = noise.choose(&[0, 0, 0, 0, 0, 0, MORE_FRAGMENTS, 7]);
     } else if noise.one_in(2) {
         let kind = noise.choose(&[HOP_BY_HOP, DESTINATION, ROUTING, FRAGMENT, AUTHENTICATION]);
-        let mut header = vec![0; 8 * (1 + noise.below(4))];
-        header[1] = (header.len() / 8 - 1) as u8;
+        let mut header = vec![0; 8 * (2 + noise.below(4))];
+        header[1] = match kind {
+            AUTHENTICATION => header.len() / 4 - 2,
+            FRAGMENT => 0,
+            _ => header.len() / 8 - 1,
+        } as u8;
+        header.truncate(if kind == FRAGMENT { 8 } else { header.len() });
         frame.extensions = vec![(kind, header)];
     }
     if noise.one_in(8) {

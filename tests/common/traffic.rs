@@ -3,12 +3,13 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::sys::socket::{self, Backlog, SockaddrStorage};
 use policy_chain::testbed::Role;
 
 use super::Environment;
@@ -98,12 +99,40 @@ impl Connection {
             .unwrap()
             .unwrap_or_else(|error| panic!("connect to {address}: {error}"));
         let (server, _) = listener.accept().unwrap();
-        for stream in [&client, &server] {
+        Connection { client, server }.prepared()
+    }
+
+    /// Opens an MPTCP connection.
+    pub fn open_mptcp(environment: &Environment, server: SocketAddr) -> Connection {
+        let listener = environment
+            .namespace(Role::Server)
+            .enter(|| {
+                let socket = mptcp_socket(&server);
+                socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(server)).unwrap();
+                socket::listen(&socket, Backlog::MAXCONN).unwrap();
+                TcpListener::from(socket)
+            })
+            .unwrap();
+        let client = environment
+            .namespace(Role::Client)
+            .enter(|| {
+                let socket = mptcp_socket(&server);
+                socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(server)).unwrap();
+                TcpStream::from(socket)
+            })
+            .unwrap();
+        let (server, _) = listener.accept().unwrap();
+        Connection { client, server }.prepared()
+    }
+
+    /// With time limits, and without waiting for more to send.
+    fn prepared(self) -> Connection {
+        for stream in [&self.client, &self.server] {
             stream.set_read_timeout(Some(TIMEOUT)).unwrap();
             stream.set_write_timeout(Some(TIMEOUT)).unwrap();
             stream.set_nodelay(true).unwrap();
         }
-        Connection { client, server }
+        self
     }
 
     pub fn client_port(&self) -> u16 {
@@ -131,6 +160,19 @@ impl Connection {
         send(&mut self.client, &mut self.server, length);
         send(&mut self.server, &mut self.client, length);
     }
+}
+
+fn mptcp_socket(address: &SocketAddr) -> OwnedFd {
+    let family = match address {
+        SocketAddr::V4(_) => libc::AF_INET,
+        SocketAddr::V6(_) => libc::AF_INET6,
+    };
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
+    // SAFETY: plain integers; the result is checked before it is owned.
+    let socket = unsafe { libc::socket(family, kind, libc::IPPROTO_MPTCP) };
+    assert!(socket >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: a new descriptor that nobody else owns.
+    unsafe { OwnedFd::from_raw_fd(socket) }
 }
 
 fn send(from: &mut TcpStream, to: &mut TcpStream, length: usize) {

@@ -408,7 +408,7 @@ fn all_at(hook: Hook, mode: &'static str) {
         place,
     };
     println!("{hook} {mode}: segments sent again");
-    println!("{:<16}{}", "", "1500 on     off  9000 on     off");
+    println!("{:<16}1500 on     off  9000 on     off", "");
     let mut table: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
     for wire in WIRES {
         bed.environment.ok(Role::Router, &["delete", "--all"]);
