@@ -2,12 +2,12 @@
 //! TCP connections from the client to the server whose content is checked byte by byte.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{self, Backlog, SockaddrStorage};
 use policy_chain::testbed::Role;
@@ -157,8 +157,8 @@ impl Connection {
 
     /// Sends `length` bytes to the server and as many back, and compares them.
     pub fn transfer(&mut self, length: usize) {
-        send(&mut self.client, &mut self.server, length);
-        send(&mut self.server, &mut self.client, length);
+        send(&self.client, &self.server, length);
+        send(&self.server, &self.client, length);
     }
 }
 
@@ -175,13 +175,25 @@ fn mptcp_socket(address: &SocketAddr) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(socket) }
 }
 
-fn send(from: &mut TcpStream, to: &mut TcpStream, length: usize) {
+/// Sends within [`TIMEOUT`]: a transfer that goes on, one retransmission after the other, is none.
+fn send(mut from: &TcpStream, mut to: &TcpStream, length: usize) {
     let content = Noise::new(length as u64).bytes(length);
-    let mut seen = vec![0; length];
+    let mut seen: Vec<u8> = Vec::with_capacity(length);
+    let limit = Instant::now() + TIMEOUT;
     thread::scope(|scope| {
         let writer = scope.spawn(|| from.write_all(&content));
-        to.read_exact(&mut seen)
-            .unwrap_or_else(|error| panic!("transfer of {length} bytes: {error}"));
+        let mut chunk = vec![0; CHUNK];
+        while seen.len() < length {
+            match to.read(&mut chunk) {
+                Ok(count @ 1..) if Instant::now() < limit => seen.extend(&chunk[..count]),
+                stalled => {
+                    // Lets go of the writer.
+                    let _ = from.shutdown(Shutdown::Both);
+                    let seen = seen.len();
+                    panic!("transfer: {seen} of {length} bytes in {TIMEOUT:?}: {stalled:?}");
+                }
+            }
+        }
         writer.join().unwrap().unwrap();
     });
     assert!(seen == content, "the content of {length} bytes differs");
@@ -253,7 +265,7 @@ fn write_until(mut client: TcpStream, stop: &AtomicBool) {
         // Enough to keep the path busy, little enough to leave the processor to others.
         thread::sleep(Duration::from_millis(1));
     }
-    client.shutdown(std::net::Shutdown::Write).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
     let mut total = [0; 8];
     client.read_exact(&mut total).unwrap();
     assert_eq!(u64::from_le_bytes(total), sent, "bytes that arrived");
