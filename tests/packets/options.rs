@@ -80,6 +80,32 @@ fn everywhere(what: &str, before: &[u8], after: &[u8], flags: u16) -> Vec<Row> {
     )
 }
 
+/// Those that cannot grow: what is inserted has to stand in the place of NOPs.
+fn loaded() -> Vec<(&'static str, Frame)> {
+    let mut bases = bases();
+    bases.retain(|(_, frame)| !frame.payload.is_empty());
+    bases
+}
+
+/// The same insertion in every packet that cannot grow.
+fn in_place(what: &str, before: &[u8], after: &[u8], flags: u16) -> Vec<Row> {
+    let fragment = v4().fragment(MORE_FRAGMENTS).payload(&[7; 24]);
+    let bare_fragment = v4().fragment(MORE_FRAGMENTS);
+    let fragments = [
+        ("first fragment", fragment),
+        ("first fragment, header only", bare_fragment),
+    ];
+    changes(
+        what,
+        before,
+        after,
+        loaded()
+            .into_iter()
+            .chain(fragments)
+            .map(|(base, frame)| (base, frame.flags(flags))),
+    )
+}
+
 /// As XDP gets packets from a veth: the checksum is a seed, and stays one.
 fn seeds(what: &str, before: &[u8], after: &[u8], flags: u16) -> Vec<Row> {
     let seeded =
@@ -301,14 +327,23 @@ fn insertions() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
         (
             "NOPs before timestamps",
             [&[1, 1][..], &timestamps].concat(),
-            words(&[&timestamps, INSERT]),
+            [&[1, 1][..], &timestamps, INSERT].concat(),
         ),
         (
             "timestamps and DSS",
             words(&[&timestamps, &dss]),
-            words(&[&timestamps, &dss, INSERT]),
+            [&words(&[&timestamps, &dss])[..], INSERT].concat(),
         ),
-        ("an odd end", words(&[&scale]), words(&[&scale, INSERT])),
+        (
+            "an odd end",
+            words(&[&scale]),
+            [&words(&[&scale])[..], INSERT].concat(),
+        ),
+        (
+            "NOPs make room where 40 bytes do not suffice",
+            words(&[&option(MPTCP, 34, DSS), &[1, 1, 1]]),
+            words(&[&option(MPTCP, 34, DSS), INSERT]),
+        ),
         (
             "exact fit",
             words(&[&option(MPTCP, 36, DSS)]),
@@ -375,20 +410,20 @@ fn insert_grows_a_seed() {
 fn insert_in_place_of_nops() {
     let timestamps = option(TIMESTAMPS, 10, 1);
     let dss = option(MPTCP, 18, DSS);
-    let mut rows = everywhere(
+    let mut rows = in_place(
         "NOPs around",
         &[&[1, 1][..], &timestamps, &[1, 1], &dss].concat(),
         &words(&[&timestamps, &dss, INSERT]),
         ACK,
     );
-    rows.extend(everywhere(
+    rows.extend(in_place(
         "all NOPs",
         &nops(12),
         &words(&[INSERT, &nops(8)]),
         ACK,
     ));
-    rows.extend(everywhere("just enough", &nops(4), INSERT, PSH | ACK));
-    rows.extend(everywhere(
+    rows.extend(in_place("just enough", &nops(4), INSERT, PSH | ACK));
+    rows.extend(in_place(
         "in place of EOL",
         &[&timestamps[..], &[0, 0, 0, 0, 0, 0]].concat(),
         &words(&[&timestamps, INSERT]),
@@ -441,7 +476,10 @@ fn insert_in_place_of_nops() {
     rows.push(leaves("later fragment", &v4().fragment(9), "fragment"));
     rows.push(leaves("UDP", &v6().protocol(UDP), "not_tcp"));
     act(insert(), &rows);
-    let seeded = seeds("NOPs", &nops(8), &words(&[INSERT, &nops(4)]), ACK);
+    let seeded = loaded()
+        .into_iter()
+        .map(|(base, frame)| (base, frame.check(Check::Seed)));
+    let seeded = changes("NOPs", &nops(8), &words(&[INSERT, &nops(4)]), seeded);
     act_in(
         file(json!({ "actions": [insert()] })),
         &[Hook::Xdp],
@@ -492,8 +530,10 @@ fn insert_of_other_lengths() {
             gives("odd length", &v4(), &v4().options(&[253, 3, 7, 1])),
             gives(
                 "odd offset",
-                &v4().options(&[3, 3, 7, 1]),
-                &v4().options(&words(&[&[3, 3, 7], &[253, 3, 7]])),
+                &v4().options(&[3, 3, 7, 1, 1, 1, 1, 1]).payload(b"x"),
+                &v4()
+                    .options(&words(&[&[3, 3, 7], &[253, 3, 7], &[1, 1]]))
+                    .payload(b"x"),
             ),
         ],
     );
