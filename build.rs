@@ -20,6 +20,7 @@ mod btf;
 const HEADERS: &str = "src/bpf";
 const POLICIES: &str = "policies";
 const ENTRY: &str = "src/bpf/entry.bpf.c";
+const LEARNER: &str = "src/bpf/learner.bpf.c";
 
 /// A hook family: how its files are called, and what selects it in C.
 const FAMILIES: [(&str, &str); 2] = [("xdp", "-DHOOK_XDP"), ("tc", "-DHOOK_TC")];
@@ -33,9 +34,11 @@ fn main() -> Result<()> {
     }
     let mut registry = String::from("pub static EMBEDDED: &[EmbeddedPolicy] = &[\n");
     for (name, source) in policies(Path::new(POLICIES))? {
-        registry.push_str(&policy(&name, &source, &out)?);
+        writeln!(registry, "    {},", policy(&name, &source, &out)?)?;
     }
     registry.push_str("];\n");
+    let learner = policy("learner", Path::new(LEARNER), &out)?;
+    writeln!(registry, "pub static LEARNER: EmbeddedPolicy = {learner};")?;
     fs::write(out.join("registry.rs"), registry).context("write the registry")?;
     fs::write(out.join("reasons.rs"), reasons(&out)?).context("write the reasons")
 }
@@ -93,9 +96,9 @@ fn policies(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
     Ok(found)
 }
 
-/// Compiles a policy for each family and returns its line of the registry.
+/// Compiles a policy for each family and returns its entry of the registry.
 fn policy(name: &str, source: &Path, out: &Path) -> Result<String> {
-    let mut line = format!("    EmbeddedPolicy {{ name: {name:?}");
+    let mut entry = format!("EmbeddedPolicy {{ name: {name:?}");
     for (family, define) in FAMILIES {
         let object = out.join(format!("{name}.{family}.o"));
         compiler(source, define)
@@ -104,10 +107,10 @@ fn policy(name: &str, source: &Path, out: &Path) -> Result<String> {
             .with_context(|| format!("compile {}", source.display()))?;
         let bytes = fs::read(&object).with_context(|| format!("read {}", object.display()))?;
         btf::read(&bytes, name).with_context(|| format!("{}", source.display()))?;
-        write!(line, ", {family}: include_bytes!({object:?})")?;
+        write!(entry, ", {family}: include_bytes!({object:?})")?;
     }
-    line.push_str(" },\n");
-    Ok(line)
+    entry.push_str(" }");
+    Ok(entry)
 }
 
 /// The names of `enum reason`, in order and as users see them, from the BTF of the entry program.

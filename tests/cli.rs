@@ -177,11 +177,20 @@ fn values_out_of_range() {
     );
     refused(
         action(json!({ "action": "set_window", "raw": true, "bytes": 65536 })),
-        &["$.chains[0].actions[0].bytes", "65536", "from 0 to 65535"],
+        &[
+            "$.chains[0].actions[0].bytes",
+            "65536",
+            "from 0 to 65535",
+            "with \"raw\": true",
+        ],
     );
     refused(
-        action(json!({ "action": "set_window", "raw": false, "bytes": 1 })),
-        &["$.chains[0].actions[0].raw", "false", "only true"],
+        action(json!({ "action": "set_window", "bytes": (65535 << 14) + 1 })),
+        &[
+            "$.chains[0].actions[0].bytes",
+            "1073725441",
+            "to 1073725440",
+        ],
     );
     refused(
         action(json!({ "action": "set_window", "raw": true })),
@@ -224,6 +233,57 @@ fn values_out_of_range() {
 }
 
 /// Several megabytes of brackets end in an error, not in a crash.
+#[test]
+fn what_a_hook_does_not_have() {
+    let attached = |attach: Value, actions: Value| {
+        let mut file = one_chain(json!([]), actions);
+        file["chains"][0]["attach"] = json!([attach]);
+        file.to_string()
+    };
+    let remove = json!([{ "action": "strip_option", "kind": "mptcp", "mode": "remove" }]);
+    for hook in ["tc-ingress", "tc-egress"] {
+        refused(
+            attached(json!({ "device": "lo", "hook": hook }), remove.clone()),
+            &[
+                "$.chains[0].actions[0].mode",
+                hook,
+                "no right way to shrink a header",
+                "\"remove\" on xdp only",
+            ],
+        );
+        refused(
+            attached(
+                json!({ "device": "lo", "hook": hook, "checksum": "complete" }),
+                json!([]),
+            ),
+            &[
+                "$.chains[0].attach[0].checksum",
+                "\"complete\"",
+                "the kernel tells TC programs",
+            ],
+        );
+    }
+    let xdp = json!({ "device": "lo", "hook": "xdp", "checksum": "partial" });
+    let file = attached(xdp, remove);
+    let files = Files::new();
+    let path = files.write("ok.json", &file);
+    let checked = run(&["check", path.to_str().unwrap()]);
+    assert!(checked.status.success(), "{checked:?}");
+    let mut two: Value = serde_json::from_str(&file).unwrap();
+    let mut second = two["chains"][0].clone();
+    second["name"] = "second".into();
+    second["attach"][0]["checksum"] = "complete".into();
+    two["chains"].as_array_mut().unwrap().push(second);
+    refused(
+        two.to_string(),
+        &[
+            "$.chains[1].attach[0].checksum",
+            "\"partial\" as in chain",
+            "have one checksum",
+        ],
+    );
+}
+
 #[test]
 fn nested_without_end() {
     const DEPTH: usize = 5 << 20;
@@ -772,6 +832,8 @@ fn shapes_of_json() {
         "mode",
         "generation",
         "carrier",
+        "checksum",
+        "learners",
         "netns",
         "packets",
         "bytes",

@@ -21,8 +21,10 @@ ACTION(redirect, "send the packet out of another device; not from one without a 
 
 	if (node.flags & NODE_NO_LINK)
 		return SKIP(REASON_NO_LINK_HEADER);
+	reason = parse_ip(ctx, &at);
+	if (reason)
+		at.protocol = 0;
 	if (PARAM(neighbour)) {
-		reason = parse_ip(ctx, &at);
 		if (!reason)
 			reason = ttl_check(ctx, &at);
 		if (!reason)
@@ -30,13 +32,15 @@ ACTION(redirect, "send the packet out of another device; not from one without a 
 		if (reason)
 			return SKIP(reason);
 	}
+	if (!pkt_at(ctx, 0, ETH_HLEN))
+		return SKIP(REASON_TRUNCATED);
 	verdict = redirect_verdict(ctx, PARAM(device));
 	if (verdict < 0)
 		return SKIP(REASON_NO_DEVICE);
-	reason = link_write(ctx, &link);
+	reason = checksum_finish(ctx, &at);
 	if (reason)
 		return SKIP(reason);
-	if (PARAM(neighbour) && ttl_decrement(ctx, &at))
+	if (link_write(ctx, &link) || (PARAM(neighbour) && ttl_decrement(ctx, &at)))
 		return SKIP(REASON_HALF_DONE);
 	return VERDICT(verdict);
 }

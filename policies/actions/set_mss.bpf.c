@@ -16,18 +16,6 @@ PARAMS;
 
 #define MSS_OPTION_LENGTH 4
 
-/* Where the value of the only MSS option stands, from the TCP header on; 0 if there is none. */
-static __always_inline __u32 mss_offset(__u64 marked)
-{
-	__u32 i;
-
-#pragma unroll
-	for (i = 0; i <= TCP_MAX_OPTIONS - MSS_OPTION_LENGTH; i++)
-		if (marked == 0xfULL << i)
-			return sizeof(struct tcphdr) + i + 2;
-	return 0;
-}
-
 ACTION(set_mss, "rewrite the MSS option of SYN segments")
 {
 	struct segment segment;
@@ -45,9 +33,10 @@ ACTION(set_mss, "rewrite the MSS option of SYN segments")
 	marked = tcp_options_marked(ctx, &segment, OPTION_KIND_MSS, MPTCP_SUBTYPE_ANY);
 	if (!marked)
 		return SKIP(REASON_OPTION_ABSENT);
-	offset = mss_offset(marked);
+	offset = tcp_option_offset(marked, MSS_OPTION_LENGTH);
 	if (!offset)
 		return SKIP(REASON_BAD_OPTION);
+	offset += 2;
 	field = pkt_at(ctx, segment.at.transport + offset, sizeof(present));
 	if (!field)
 		return SKIP(REASON_TRUNCATED);

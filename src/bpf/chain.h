@@ -39,6 +39,14 @@ enum node_flags {
 	NODE_ARGUMENT_IS_CHAIN = 1 << 6, /* action: the argument must be the id of a chain */
 };
 
+/* How far the checksum of a packet's TCP or UDP header is done. */
+enum checksum {
+	CHECKSUM_AUTO,		/* not told: the hook finds out, per packet */
+	CHECKSUM_COMPLETE,	/* the field holds the checksum */
+	CHECKSUM_PARTIAL,	/* the folded pseudo-header sum; a device or a later hop adds the rest */
+	CHECKSUM_UNCLEAR,	/* it could be either */
+};
+
 /*
  * The constants of one node, in its frozen .rodata: the verifier knows them, so a jump to a
  * successor is direct and what they exclude is deleted.
@@ -50,8 +58,10 @@ struct node_config {
 	__u32 chain;		/* id of the chain */
 	__u32 flags;		/* enum node_flags */
 	__u32 carrier;		/* enum carrier */
+	__u32 checksum;		/* enum checksum: of every packet, if the chain file says so */
 	__u32 argument_at;	/* action: 1 + offset of the parameter the argument replaces; 0: none */
 	__u32 argument_swap;	/* bytes of that parameter if in network order, else 0 */
+	__u32 pad;
 	__u64 argument_min;
 	__u64 argument_max;
 };
@@ -62,7 +72,7 @@ struct chain_ctx {
 	__u32 argument_high;
 	__u32 flags;		/* enum chain_ctx_flags */
 	__u32 chain;		/* id of the chain whose selector stored the argument */
-	__u32 reserved;
+	__u32 checksum;		/* TC: enum checksum, as the kernel has it; _AUTO where it does not tell */
 };
 
 enum chain_ctx_flags {

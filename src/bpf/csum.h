@@ -11,6 +11,7 @@
 #include "parse.h"
 
 #define TCP_CHECK_OFFSET 16
+#define UDP_CHECK_OFFSET 6
 
 static __always_inline __u16 csum_fold(__u64 sum)
 {
@@ -52,69 +53,178 @@ static __always_inline void ipv4_store16(struct iphdr *ip, __be16 *field, __be16
 
 #if defined(HOOK_XDP)
 
-/*
- * Whether the TCP checksum is only a seed. XDP is not told; a field that equals the folded
- * pseudo-header sum is taken for one. A complete checksum does so by chance once in 65,536
- * packets; such a packet then leaves with a checksum its receiver refuses.
- */
-static __always_inline bool tcp_csum_is_partial(hook_ctx *ctx, const struct headers *at,
-						__sum16 check)
+/* Bytes added up at a time: as many as bpf_csum_diff() takes; and of them as many as IP has. */
+#define SUM_CHUNK 512
+#define SUM_CHUNKS (0x10000 / SUM_CHUNK)
+#define SUM_REFUSED (1u << 16)
+
+/* Bytes of a packet, out of it. Longer than the headers of any that parsing accepts. */
+struct bytes_scratch {
+	__u8 bytes[1024];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct bytes_scratch);
+} pc_bytes SEC(".maps");
+
+static __always_inline struct bytes_scratch *bytes_scratch(void)
 {
-	__u64 sum = bpf_htonl(IP_PROTOCOL_TCP + at->end - at->transport);
+	__u32 key = 0;
+
+	return bpf_map_lookup_elem(&pc_bytes, &key);
+}
+
+/*
+ * The folded sum of `length` bytes at `offset`, in whichever parts of the packet they are.
+ * SUM_REFUSED where they are not all there, or more than an IP packet has. `zero` is as for
+ * ipv6_skip_extensions().
+ */
+__noinline __u32 pkt_sum(hook_ctx *ctx, __u32 offset, __u32 length, __u32 zero)
+{
+	struct bytes_scratch *scratch = bytes_scratch();
+	__s64 sum = 0;
+	int i;
+
+	if (!ctx || !scratch)
+		return SUM_REFUSED;
+	for (i = 0; i < SUM_CHUNKS; i++) {
+		__u32 size = length < SUM_CHUNK ? length : SUM_CHUNK;
+
+		offset += zero;
+		length += zero;
+		sum = (__u32)sum + zero;
+		if (!length)
+			return csum_fold(sum);
+		size = bounded(size - 1, SUM_CHUNK - 1) + 1;
+		if (pkt_load(ctx, offset, scratch->bytes, size))
+			return SUM_REFUSED;
+		__builtin_memset(scratch->bytes + size, 0, sizeof(__u32));
+		sum = bpf_csum_diff(0, 0, (__be32 *)scratch->bytes, (size + 3) & ~3u, sum);
+		if (sum < 0)
+			return SUM_REFUSED;
+		offset += size;
+		length -= size;
+	}
+	return length ? SUM_REFUSED : csum_fold(sum);
+}
+
+/* The sum of the pseudo-header (RFC 9293, 3.1; RFC 8200, 8.1), not folded. */
+static __always_inline enum reason pseudo_header_sum(hook_ctx *ctx, const struct headers *at,
+						     __u64 *sum)
+{
 	struct iphdr *v4;
 	struct ipv6hdr *v6;
 	__u32 *words;
 	int i;
 
+	*sum = bpf_htonl(at->protocol + at->end - at->transport);
 	if (at->version == IP_VERSION_4) {
 		v4 = pkt_at(ctx, at->ip, sizeof(*v4));
 		if (!v4)
-			return false;
-		sum += (__u64)v4->saddr + v4->daddr;
-	} else {
-		v6 = pkt_at(ctx, at->ip, sizeof(*v6));
-		if (!v6)
-			return false;
-		words = (__u32 *)&v6->saddr;
-#pragma unroll
-		for (i = 0; i < 8; i++)
-			sum += words[i];
+			return REASON_TRUNCATED;
+		*sum += (__u64)v4->saddr + v4->daddr;
+		return REASON_NONE;
 	}
-	return csum_fold(sum) == check;
+	v6 = pkt_at(ctx, at->ip, sizeof(*v6));
+	if (!v6)
+		return REASON_TRUNCATED;
+	words = (__u32 *)&v6->saddr;
+#pragma unroll
+	for (i = 0; i < 8; i++)
+		*sum += words[i];
+	return REASON_NONE;
 }
 
-#endif
+/*
+ * XDP is not told which packets are partial. One whose field is not the folded pseudo-header
+ * sum is complete. One whose field is that sum is partial, unless the whole segment adds up
+ * too, as happens by chance once in 65,536 packets of either sort: then nobody can tell.
+ *
+ * A fragment is complete: the kernel sees to that before it fragments. Behind a routing
+ * header the pseudo-header has another destination, so there it is unclear as well.
+ */
+static __always_inline enum checksum checksum_of(hook_ctx *ctx, const struct headers *at,
+						 __sum16 check)
+{
+	__u64 pseudo;
+	__u32 sum;
+
+	if (node.checksum != CHECKSUM_AUTO)
+		return node.checksum;
+	if (at->fragmented)
+		return CHECKSUM_COMPLETE;
+	if (at->routed || pseudo_header_sum(ctx, at, &pseudo))
+		return CHECKSUM_UNCLEAR;
+	if (csum_fold(pseudo) != check)
+		return CHECKSUM_COMPLETE;
+	sum = pkt_sum(ctx, at->transport, at->end - at->transport, 0);
+	if (sum != SUM_REFUSED && csum_fold(pseudo + sum) == 0xffff)
+		return CHECKSUM_UNCLEAR;
+	return CHECKSUM_PARTIAL;
+}
+
+#else
+
+/* TC is told, by the entry program. */
+static __always_inline enum checksum checksum_of(hook_ctx *ctx, const struct headers *at,
+						 __sum16 check)
+{
+	if (node.carrier == CARRIER_NONE)
+		return CHECKSUM_AUTO;
+	return context_read(ctx, node.carrier).checksum;
+}
 
 /*
- * Accounts in the TCP checksum for changed bytes, whose difference is `bytes`, and for a
- * changed length of the segment, whose difference is `length`. Call it before the change.
- * On a reason nothing was done. Invalidates packet pointers.
+ * Where the kernel does not tell which packets are partial, its helper knows. The flag says
+ * that a difference is one of the pseudo-header, and so of a partial checksum too.
  */
-static __always_inline enum reason tcp_csum_update(hook_ctx *ctx, const struct headers *at,
-						   __u32 bytes, __u32 length)
+static __always_inline enum reason tcp_csum_replace(hook_ctx *ctx, __u32 offset, __u32 bytes,
+						    __u32 length)
 {
-	__u32 offset = at->transport + TCP_CHECK_OFFSET;
-#if defined(HOOK_XDP)
-	__sum16 *check = pkt_at(ctx, offset, sizeof(*check));
-	__sum16 value;
-
-	if (!check)
-		return REASON_TRUNCATED;
-	value = *check;
-	if (tcp_csum_is_partial(ctx, at, value))
-		value = csum_fold((__u64)value + length);
-	else
-		csum_apply(&value, csum_fold((__u64)bytes + length));
-	check = pkt_at(ctx, offset, sizeof(*check));
-	if (!check)
-		return REASON_TRUNCATED;
-	*check = value;
-#else
-	/* The kernel knows which packets are partial, and leaves those alone. */
 	if (bytes && bpf_l4_csum_replace(ctx, offset, 0, bytes, 0))
 		return REASON_HELPER_FAILED;
 	if (length && bpf_l4_csum_replace(ctx, offset, 0, length, 1 << 4 /* BPF_F_PSEUDO_HDR */))
 		return bytes ? REASON_HALF_DONE : REASON_HELPER_FAILED;
+	return REASON_NONE;
+}
+
 #endif
+
+/* How far the TCP checksum is done; UNCLEAR also for a packet without one. */
+static __always_inline enum checksum tcp_checksum(hook_ctx *ctx, const struct headers *at)
+{
+	__sum16 *check = pkt_at(ctx, at->transport + TCP_CHECK_OFFSET, sizeof(*check));
+
+	return check ? checksum_of(ctx, at, *check) : CHECKSUM_UNCLEAR;
+}
+
+/*
+ * Accounts in the TCP checksum for changed bytes, whose difference is `bytes`, and for a
+ * changed length of the segment, whose difference is `length`. Call it before the change.
+ * On a reason but REASON_HALF_DONE nothing was done. Invalidates packet pointers.
+ */
+static __always_inline enum reason tcp_csum_update(hook_ctx *ctx, const struct headers *at,
+						   enum checksum checksum, __u32 bytes,
+						   __u32 length)
+{
+	__u32 offset = at->transport + TCP_CHECK_OFFSET;
+	__sum16 *check;
+
+	if (checksum == CHECKSUM_UNCLEAR)
+		return REASON_CHECKSUM_UNCLEAR;
+#if defined(HOOK_TC)
+	if (checksum == CHECKSUM_AUTO)
+		return tcp_csum_replace(ctx, offset, bytes, length);
+#endif
+	check = pkt_at(ctx, offset, sizeof(*check));
+	if (!check)
+		return REASON_TRUNCATED;
+	if (checksum == CHECKSUM_COMPLETE)
+		csum_apply(check, csum_fold((__u64)bytes + length));
+	else if (length)
+		*check = csum_fold((__u64)*check + length);
 	return REASON_NONE;
 }

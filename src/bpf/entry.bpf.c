@@ -4,6 +4,7 @@
  * first node. Its counters are those of the attachment.
  */
 #include "node.h"
+#include "flow_types.h"
 
 /* Never read: it brings the types user space shares with nodes into this object's BTF. */
 struct shared_types {
@@ -12,23 +13,64 @@ struct shared_types {
 	enum carrier carrier;
 	enum node_flags node_flags;
 	enum element_flags element_flags;
+	enum checksum checksum;
 	struct element element;
 	struct node_stats node_stats;
+	struct attachment attachment;
+	struct flow_id flow_id;
+	struct flow_state flow_state;
 };
 
 const volatile struct shared_types shared_types;
+
+#if defined(HOOK_TC)
+
+#include <bpf/bpf_core_read.h>
+
+/* Since Linux 6.2; before, the helpers that update checksums have to find out. */
+extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym __weak;
+
+/* The part of the kernel's struct sk_buff that is read. Its place comes from the kernel's BTF. */
+struct sk_buff___checksum {
+	__u8 ip_summed : 2;
+} __attribute__((preserve_access_index));
+
+#define CHECKSUM_PARTIAL_SKB 3 /* the kernel's CHECKSUM_PARTIAL */
+
+static __always_inline enum checksum packet_checksum(hook_ctx *ctx)
+{
+	struct sk_buff___checksum *skb;
+
+	if (!bpf_cast_to_kern_ctx)
+		return CHECKSUM_AUTO;
+	skb = bpf_cast_to_kern_ctx(ctx);
+	return BPF_CORE_READ_BITFIELD(skb, ip_summed) == CHECKSUM_PARTIAL_SKB ?
+		       CHECKSUM_PARTIAL :
+		       CHECKSUM_COMPLETE;
+}
+
+#else
+
+/* Only a policy that changes a checksum has to know, and finds out. */
+static __always_inline enum checksum packet_checksum(hook_ctx *ctx)
+{
+	return CHECKSUM_AUTO;
+}
+
+#endif
 
 SEC(HOOK_SECTION)
 int pc_entry(hook_ctx *ctx)
 {
 	struct node_stats *stats = node_stats();
-	enum reason reason;
+	enum reason reason = REASON_NONE;
 
 	if (!stats)
 		return HOOK_PASS;
 	stats->seen++;
 	count_packet(ctx, stats);
-	reason = context_open(ctx, node.carrier);
+	if (node.carrier != CARRIER_NONE)
+		reason = context_open(ctx, node.carrier, packet_checksum(ctx));
 	if (reason)
 		count_reason(stats, reason);
 	return node_next(ctx, stats);

@@ -35,3 +35,15 @@ struct {
 	__type(key, __u32);
 	__type(value, struct chain_ctx);
 } pc_context SEC(".maps");
+
+/* What is known only once the entry program is attached. */
+struct attachment {
+	__u32 generic;	/* generic XDP: a packet is an skb, and stays one when it is redirected */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct attachment);
+} pc_attachment SEC(".maps");

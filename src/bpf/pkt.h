@@ -12,6 +12,7 @@
 #include <bpf/bpf_endian.h>
 
 #define ETH_HLEN 14
+#define ETH_ZLEN 60 /* shortest frame, without its checksum */
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
 #define ETH_P_8021Q 0x8100
@@ -141,6 +142,25 @@ static __always_inline long pkt_set_length(hook_ctx *ctx, __u32 from, __u32 to)
 }
 
 /*
+ * Makes room at the end of a packet whose IP part ends at `end`, for it to end at `to`. What
+ * follows it on the link, padding, makes room first. Returns 0, or a negative errno and the
+ * IP part is untouched.
+ */
+static __always_inline long pkt_grow(hook_ctx *ctx, __u32 end, __u32 to)
+{
+	__u32 have = pkt_length(ctx);
+
+#if defined(HOOK_TC)
+	/* A sum the device took over all of the packet counts padding; it is dropped with that. */
+	if (have > end && bpf_skb_change_tail(ctx, end, 0))
+		return -1;
+	return bpf_skb_change_tail(ctx, have > to ? have : to, 0);
+#else
+	return have < to ? pkt_set_length(ctx, have, to) : 0;
+#endif
+}
+
+/*
  * `value`, known to the verifier to be at most `mask`. Clang, which can tell so without the
  * mask, would drop a plain one; the verifier cannot follow it there.
  */
@@ -240,7 +260,7 @@ static __always_inline void context_write(hook_ctx *ctx, enum carrier carrier,
 		context_set_word(ctx, 1, value->argument_high);
 		context_set_word(ctx, 2, value->flags);
 		context_set_word(ctx, 3, value->chain);
-		context_set_word(ctx, 4, value->reserved);
+		context_set_word(ctx, 4, value->checksum);
 		return;
 #endif
 	}
@@ -264,7 +284,7 @@ static __always_inline struct chain_ctx context_read(hook_ctx *ctx, enum carrier
 			.argument_high = context_word(ctx, 1),
 			.flags = context_word(ctx, 2),
 			.chain = context_word(ctx, 3),
-			.reserved = context_word(ctx, 4),
+			.checksum = context_word(ctx, 4),
 		};
 #endif
 	}
@@ -272,14 +292,13 @@ static __always_inline struct chain_ctx context_read(hook_ctx *ctx, enum carrier
 	return context ? *context : none;
 }
 
-/* Allocates and clears the context, once a packet. */
-static __always_inline enum reason context_open(hook_ctx *ctx, enum carrier carrier)
+/* Allocates the context, once a packet, without an argument. */
+static __always_inline enum reason context_open(hook_ctx *ctx, enum carrier carrier,
+						enum checksum checksum)
 {
-	struct chain_ctx empty = {};
+	struct chain_ctx empty = { .checksum = checksum };
 	enum reason reason = REASON_NONE;
 
-	if (carrier == CARRIER_NONE)
-		return reason;
 #if defined(HOOK_XDP)
 	if (carrier == CARRIER_PACKET &&
 	    bpf_xdp_adjust_meta(ctx, -(int)sizeof(struct chain_ctx)))

@@ -109,8 +109,12 @@ struct found {
 
 static __always_inline void argument_store(hook_ctx *ctx, const struct found *found)
 {
-	struct chain_ctx context = { .chain = node.chain };
+	struct chain_ctx context = context_read(ctx, node.carrier);
 
+	context.argument_low = 0;
+	context.argument_high = 0;
+	context.flags = 0;
+	context.chain = node.chain;
 	if (node.flags & NODE_STORE_ARGUMENT && found->element.flags & ELEMENT_ARGUMENT) {
 		context.argument_low = found->element.argument;
 		context.argument_high = found->element.argument >> 32;

@@ -39,5 +39,9 @@ enum reason {
 	REASON_TAIL_CALL_MISSED,
 	REASON_HELPER_FAILED,	/* nothing was changed */
 	REASON_HALF_DONE,	/* failed after a first change: the packet is dropped */
+	/* Checksums and window scales, which the packet alone may not tell. */
+	REASON_CHECKSUM_UNCLEAR, /* complete or partial, it could be either */
+	REASON_CHECKSUM_PARTIAL, /* a device completes it at a place that would move */
+	REASON_UNKNOWN_SCALE,	/* the handshake was not seen, or only half of it */
 	REASON_COUNT,
 };

@@ -108,6 +108,67 @@ static __always_inline enum reason neighbour_find(hook_ctx *ctx, const struct he
 	return REASON_NONE;
 }
 
+#if defined(HOOK_XDP)
+
+static __always_inline bool xdp_is_generic(void)
+{
+	__u32 key = 0;
+	struct attachment *attachment = bpf_map_lookup_elem(&pc_attachment, &key);
+
+	return attachment && attachment->generic;
+}
+
+/*
+ * Completes a partial checksum: what native XDP sends on is a bare frame, which nobody
+ * completes any more. REASON_CHECKSUM_*: it cannot be done, and the packet is untouched.
+ */
+static __always_inline enum reason checksum_finish(hook_ctx *ctx, const struct headers *at)
+{
+	__u32 offset = at->transport;
+	enum reason reason;
+	__sum16 *check;
+	__u64 pseudo;
+	__u32 sum;
+
+	if (at->protocol == IP_PROTOCOL_TCP)
+		offset += TCP_CHECK_OFFSET;
+	else if (at->protocol == IP_PROTOCOL_UDP)
+		offset += UDP_CHECK_OFFSET;
+	else
+		return REASON_NONE;
+	if (at->fragmented || node.checksum == CHECKSUM_COMPLETE || xdp_is_generic())
+		return REASON_NONE;
+	if (at->routed)
+		return REASON_CHECKSUM_UNCLEAR;
+	reason = pseudo_header_sum(ctx, at, &pseudo);
+	if (reason)
+		return reason;
+	check = pkt_at(ctx, offset, sizeof(*check));
+	if (!check || csum_fold(pseudo) != *check)
+		return REASON_NONE;
+	sum = pkt_sum(ctx, at->transport, at->end - at->transport, 0);
+	if (sum == SUM_REFUSED)
+		return REASON_CHECKSUM_PARTIAL;
+	check = pkt_at(ctx, offset, sizeof(*check));
+	if (!check)
+		return REASON_TRUNCATED;
+	/* the sum has the pseudo-header in it: the field was that */
+	*check = ~sum;
+	if (at->protocol == IP_PROTOCOL_UDP && !*check)
+		*check = 0xffff; /* 0 means none (RFC 768) */
+	return REASON_NONE;
+}
+
+#else
+
+/* On TC the packet keeps the kernel's note of what its checksum is. */
+static __always_inline enum reason checksum_finish(hook_ctx *ctx, const struct headers *at)
+{
+	return REASON_NONE;
+}
+
+#endif
+
 /* Whether a router may send the packet on. */
 static __always_inline enum reason ttl_check(hook_ctx *ctx, const struct headers *at)
 {

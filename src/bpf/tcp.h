@@ -67,7 +67,7 @@ static __always_inline enum reason tcp_store16(hook_ctx *ctx, const struct segme
 	if (!field)
 		return REASON_TRUNCATED;
 	__builtin_memcpy(&old, field, sizeof(old));
-	reason = tcp_csum_update(ctx, &segment->at,
+	reason = tcp_csum_update(ctx, &segment->at, tcp_checksum(ctx, &segment->at),
 				 csum_at_parity(csum_diff16(old, value), offset), 0);
 	if (reason)
 		return reason;

@@ -109,6 +109,21 @@ static __always_inline __u64 tcp_options_marked(hook_ctx *ctx, const struct segm
 }
 
 /*
+ * Where the only option that is marked stands, from the TCP header on; 0 if it has another
+ * length, or there are more of them.
+ */
+static __always_inline __u32 tcp_option_offset(__u64 marked, const __u32 length)
+{
+	__u32 i;
+
+#pragma unroll
+	for (i = 0; i <= TCP_MAX_OPTIONS - length; i++)
+		if (marked == ((1ULL << length) - 1) << i)
+			return sizeof(struct tcphdr) + i;
+	return 0;
+}
+
+/*
  * The difference to the checksum of the segment when the marked bytes of the options at
  * `offset` become NOP; they do so at once if `write` is set. All of them are in the packet:
  * tcp_options_find() has seen them.
@@ -152,7 +167,8 @@ static __always_inline enum reason tcp_options_strip(hook_ctx *ctx, const struct
 		return REASON_BAD_OPTION;
 	if (!marked)
 		return REASON_OPTION_ABSENT;
-	reason = tcp_csum_update(ctx, &segment->at, tcp_options_erase(ctx, offset, marked, 0), 0);
+	reason = tcp_csum_update(ctx, &segment->at, tcp_checksum(ctx, &segment->at),
+				 tcp_options_erase(ctx, offset, marked, 0), 0);
 	if (reason)
 		return reason;
 	tcp_options_erase(ctx, offset, marked, 1);
@@ -184,44 +200,56 @@ static __always_inline struct options_scratch *tcp_options_scratch(void)
 
 #define OPTIONS_REFUSED (~0u)
 
+enum squeeze {
+	SQUEEZE_KEEP_NOPS,
+	SQUEEZE_DROP_NOPS,
+};
+
 /*
- * Copies the `length` bytes of options in pc_options.old to .new, without NOPs and without
- * what follows EOL. Returns the bytes used, or OPTIONS_REFUSED for malformed options. `zero`
- * is as for ipv6_skip_extensions().
+ * Copies the `length` bytes of options in pc_options.old to .new, without the marked ones,
+ * without NOPs at the end, or all of them if told so (enum squeeze), and without what EOL
+ * ends. Returns the bytes used, or OPTIONS_REFUSED for malformed options. `zero` is as for
+ * ipv6_skip_extensions().
  */
-__noinline __u32 tcp_options_squeeze(hook_ctx *ctx, __u32 length, __u32 zero)
+__noinline __u32 tcp_options_squeeze(hook_ctx *ctx, __u32 length, __u64 marked, __u32 squeeze,
+				     __u32 zero)
 {
 	struct options_scratch *scratch = tcp_options_scratch();
-	__u32 from, used = 0, left = 0;
+	__u32 from, used = 0, copied = 0, left = 0;
 
 	if (!ctx || !scratch)
 		return OPTIONS_REFUSED;
 	for (from = 0; from < TCP_MAX_OPTIONS; from++) {
 		__u8 byte = scratch->old[from];
+		bool is_nop = false;
 
 		used = (used + zero) & (OPTIONS_BUFFER - 1);
+		copied = (copied + zero) & (OPTIONS_BUFFER - 1);
 		left = (left + zero) & 0xff;
 		if (from >= length)
 			break;
 		if (!left) {
 			if (byte == OPTION_KIND_EOL)
 				break;
-			if (byte == OPTION_KIND_NOP)
-				continue;
-			left = scratch->old[from + 1];
-			if (left < 2 || from + left > length)
+			is_nop = byte == OPTION_KIND_NOP;
+			left = is_nop ? 1 : scratch->old[from + 1];
+			if ((!is_nop && left < 2) || from + left > length)
 				return OPTIONS_REFUSED;
 		}
-		scratch->new[used] = byte;
-		used++;
 		left--;
+		if (marked >> from & 1 || (is_nop && squeeze == SQUEEZE_DROP_NOPS))
+			continue;
+		scratch->new[copied] = byte;
+		copied++;
+		if (!is_nop)
+			used = copied;
 	}
 	return used;
 }
 
 /*
  * Appends the `size` bytes in pc_options.insert to the `used` bytes in .new, then NOPs up to
- * `total`. A global function, for the loop's sake.
+ * `total`, and clears the rest. A global function, for the loop's sake.
  */
 __noinline int tcp_options_append(__u32 used, __u32 size, __u32 total)
 {
@@ -231,19 +259,42 @@ __noinline int tcp_options_append(__u32 used, __u32 size, __u32 total)
 	if (!scratch)
 		return -1;
 	for (i = 0; i < TCP_MAX_OPTIONS; i++) {
-		if (i >= total)
-			break;
 		if (i < used)
 			continue;
-		scratch->new[i] = i - used < size ?
-					  scratch->insert[(i - used) & (OPTIONS_BUFFER - 1)] :
-					  OPTION_KIND_NOP;
+		if (i >= total)
+			scratch->new[i] = 0;
+		else if (i - used < size)
+			scratch->new[i] = scratch->insert[(i - used) & (OPTIONS_BUFFER - 1)];
+		else
+			scratch->new[i] = OPTION_KIND_NOP;
 	}
 	return 0;
 }
 
+/* Bytes the options take, a multiple of 4. */
+static __always_inline __u32 tcp_options_room(__u32 used)
+{
+	return (used + 3) & ~3u;
+}
+
+/* Fetches the options into scratch->old. */
+static __always_inline enum reason tcp_options_load(hook_ctx *ctx, const struct segment *segment,
+						    struct options_scratch *scratch)
+{
+	__u32 length = segment->header - sizeof(struct tcphdr);
+
+	if (length > TCP_MAX_OPTIONS)
+		return REASON_BAD_HEADER;
+	__builtin_memset(scratch->old, 0, sizeof(scratch->old));
+	__builtin_memset(scratch->new, 0, sizeof(scratch->new));
+	if (length && pkt_load(ctx, segment->at.transport + sizeof(struct tcphdr), scratch->old,
+			       length))
+		return REASON_TRUNCATED;
+	return REASON_NONE;
+}
+
 /* Sets the lengths in the IP header for a packet that became `by` bytes longer. */
-static __always_inline enum reason ip_grow(hook_ctx *ctx, const struct headers *at, __u32 by)
+static __always_inline enum reason ip_resize(hook_ctx *ctx, const struct headers *at, int by)
 {
 	struct iphdr *v4;
 	struct ipv6hdr *v6;
@@ -263,15 +314,17 @@ static __always_inline enum reason ip_grow(hook_ctx *ctx, const struct headers *
 }
 
 /*
- * Writes pc_options.new over the options, the header growing by `by` bytes (a multiple of 4)
- * behind which the packet must already have room. Everything fallible that can be done
- * before the first change is.
+ * Writes the first `total` bytes of pc_options.new, a multiple of 4, over the options. The
+ * packet must have its new length already, and its payload stand where it will. Everything
+ * fallible that can be done before the first change is.
  */
 static __always_inline enum reason tcp_options_write(hook_ctx *ctx, const struct segment *segment,
-						     struct options_scratch *scratch, __u32 by)
+						     struct options_scratch *scratch,
+						     enum checksum checksum, __u32 total)
 {
 	__u32 options = segment->at.transport + sizeof(struct tcphdr);
-	__u32 length = segment->header - sizeof(struct tcphdr) + by;
+	__u32 header = sizeof(struct tcphdr) + total;
+	int by = (int)header - (int)segment->header;
 	__u8 *doff = pkt_at(ctx, segment->at.transport + 12, 2);
 	enum reason reason;
 	__be16 old, new;
@@ -279,64 +332,182 @@ static __always_inline enum reason tcp_options_write(hook_ctx *ctx, const struct
 
 	if (!doff)
 		return REASON_TRUNCATED;
-	if (length < 4 || length > TCP_MAX_OPTIONS)
+	if (total > TCP_MAX_OPTIONS)
 		return REASON_NO_ROOM;
 	__builtin_memcpy(&old, doff, sizeof(old));
-	new = bpf_htons(bpf_ntohs(old) + (by / 4 << 12));
+	new = bpf_htons((bpf_ntohs(old) & 0x0fff) | header / 4 << 12);
 	difference = csum_diff16(old, new);
 	/* both buffers are zero behind the options they hold */
 	difference += bpf_csum_diff((__be32 *)scratch->old, TCP_MAX_OPTIONS,
 				    (__be32 *)scratch->new, TCP_MAX_OPTIONS, 0);
-	reason = tcp_csum_update(ctx, &segment->at, csum_fold(difference),
-				 by ? bpf_htons(by) : 0);
+	reason = tcp_csum_update(ctx, &segment->at, checksum, csum_fold(difference),
+				 by ? csum_diff16(bpf_htons(segment->header), bpf_htons(header)) :
+				      0);
 	if (reason)
 		return reason;
-	if (by && ip_grow(ctx, &segment->at, by))
+	if (by && ip_resize(ctx, &segment->at, by))
 		return REASON_HALF_DONE;
 	doff = pkt_at(ctx, segment->at.transport + 12, 2);
 	if (!doff)
 		return REASON_HALF_DONE;
 	__builtin_memcpy(doff, &new, sizeof(new));
-	if (pkt_store(ctx, options, scratch->new, bounded(length - 1, OPTIONS_BUFFER - 1) + 1))
+	if (total &&
+	    pkt_store(ctx, options, scratch->new, bounded(total - 1, OPTIONS_BUFFER - 1) + 1))
 		return REASON_HALF_DONE;
 	return REASON_NONE;
 }
 
+static __always_inline bool segment_is_bare(const struct segment *segment)
+{
+	return segment->at.end == segment->at.transport + segment->header;
+}
+
 /*
- * Inserts the option of `size` bytes that stands in scratch->insert. A segment without
- * payload may grow, up to 60 bytes of header; elsewhere the option must fit where NOPs are.
- * Retryable: on REASON_NO_ROOM the next packet may have room.
+ * Whether options of `total` bytes may make the segment longer: it must have no payload, which
+ * would have to move, be whole, and stay within the MTU of the hook's device.
+ */
+static __always_inline bool tcp_options_may_grow(hook_ctx *ctx, const struct segment *segment,
+						 __u32 total)
+{
+	__u32 length = segment->at.transport - segment->at.ip + sizeof(struct tcphdr) + total;
+
+	return segment_is_bare(segment) && !segment->at.fragmented &&
+	       total <= TCP_MAX_OPTIONS && bpf_check_mtu(ctx, 0, &length, 0, 0) == 0;
+}
+
+/*
+ * Inserts the option of `size` bytes that stands in scratch->insert: at the end of a segment
+ * without payload, which grows, up to 60 bytes of header; elsewhere in the place of NOPs, the
+ * length staying what it is. Retryable: on REASON_NO_ROOM the next packet may have room.
  */
 static __always_inline enum reason tcp_options_insert(hook_ctx *ctx, const struct segment *segment,
 						      struct options_scratch *scratch, __u32 size)
 {
-	bool bare = segment->at.end == segment->at.transport + segment->header;
 	__u32 length = segment->header - sizeof(struct tcphdr);
-	__u32 have = pkt_length(ctx), used, total, by = 0;
+	enum squeeze squeeze = segment_is_bare(segment) && !segment->at.fragmented ?
+				       SQUEEZE_KEEP_NOPS :
+				       SQUEEZE_DROP_NOPS;
+	enum reason reason = tcp_options_load(ctx, segment, scratch);
+	enum checksum checksum;
+	__u32 used, total;
 
-	if (length > TCP_MAX_OPTIONS)
-		return REASON_BAD_HEADER;
-	__builtin_memset(scratch->old, 0, sizeof(scratch->old));
-	__builtin_memset(scratch->new, 0, sizeof(scratch->new));
-	if (length && pkt_load(ctx, segment->at.transport + sizeof(struct tcphdr), scratch->old,
-			       length))
-		return REASON_TRUNCATED;
-	used = tcp_options_squeeze(ctx, length, 0);
+	if (reason)
+		return reason;
+	used = tcp_options_squeeze(ctx, length, 0, squeeze, 0);
 	if (used == OPTIONS_REFUSED)
 		return REASON_BAD_OPTION;
-	total = (used + size + 3) & ~3u;
+	total = tcp_options_room(used + size);
+	if (total > length && squeeze == SQUEEZE_KEEP_NOPS &&
+	    !tcp_options_may_grow(ctx, segment, total)) {
+		used = tcp_options_squeeze(ctx, length, 0, SQUEEZE_DROP_NOPS, 0);
+		total = tcp_options_room(used + size);
+	}
+	if (total > length && !tcp_options_may_grow(ctx, segment, total))
+		return REASON_NO_ROOM;
 	if (total < length)
 		total = length;
-	if (total > length) {
-		if (!bare || segment->at.fragmented || total > TCP_MAX_OPTIONS)
-			return REASON_NO_ROOM;
-		by = total - length;
-	}
 	if (tcp_options_append(used, size, total))
 		return REASON_HELPER_FAILED;
+	checksum = tcp_checksum(ctx, &segment->at);
+	if (checksum == CHECKSUM_UNCLEAR)
+		return REASON_CHECKSUM_UNCLEAR;
 	/* one that grows has no payload, so it is here whole */
-	if (by && have < segment->at.end + by &&
-	    pkt_set_length(ctx, have, segment->at.end + by))
+	if (total > length &&
+	    pkt_grow(ctx, segment->at.end, segment->at.end + total - length))
 		return REASON_HELPER_FAILED;
-	return tcp_options_write(ctx, segment, scratch, by);
+	return tcp_options_write(ctx, segment, scratch, checksum, total);
 }
+
+#if defined(HOOK_XDP)
+
+/*
+ * Takes `by` bytes out of the frame behind its first `keep`, which move. On a reason but
+ * REASON_HALF_DONE nothing was done.
+ */
+static __always_inline enum reason pkt_cut(hook_ctx *ctx, __u32 keep, __u32 by)
+{
+	struct bytes_scratch *scratch = bytes_scratch();
+
+	if (!scratch)
+		return REASON_HELPER_FAILED;
+	keep = bounded(keep - 1, sizeof(scratch->bytes) - 1) + 1;
+	if (pkt_load(ctx, 0, scratch->bytes, keep))
+		return REASON_TRUNCATED;
+	if (bpf_xdp_adjust_head(ctx, by))
+		return REASON_HELPER_FAILED;
+	return pkt_store(ctx, 0, scratch->bytes, keep) ? REASON_HALF_DONE : REASON_NONE;
+}
+
+/* Makes a frame shorter whose TCP header, at its end, becomes `by` bytes shorter. */
+static __always_inline enum reason pkt_shrink(hook_ctx *ctx, const struct segment *segment,
+					      __u32 by)
+{
+	__u32 have = pkt_length(ctx), length = segment->at.end - by;
+
+	if (length < ETH_ZLEN)
+		length = have < ETH_ZLEN ? have : ETH_ZLEN;
+	if (length < have && pkt_set_length(ctx, have, length))
+		return REASON_HELPER_FAILED;
+	return REASON_NONE;
+}
+
+/*
+ * Takes every option of the kind out, the header shrinking by what they leave free. Headers
+ * in front of a payload have to move; where a device still has to complete the checksum it
+ * would do so at the old place, so such a segment stays as it is: REASON_CHECKSUM_PARTIAL.
+ */
+static __always_inline enum reason tcp_options_remove(hook_ctx *ctx, const struct segment *segment,
+						      __u32 kind, __u32 subtype)
+{
+	struct options_scratch *scratch = tcp_options_scratch();
+	__u32 length = segment->header - sizeof(struct tcphdr);
+	__u64 marked = tcp_options_marked(ctx, segment, kind, subtype);
+	enum checksum checksum;
+	enum reason reason;
+	__u32 used, total;
+
+	if (!scratch)
+		return REASON_HELPER_FAILED;
+	if (marked & OPTIONS_MALFORMED)
+		return REASON_BAD_OPTION;
+	if (!marked)
+		return REASON_OPTION_ABSENT;
+	reason = tcp_options_load(ctx, segment, scratch);
+	if (reason)
+		return reason;
+	used = tcp_options_squeeze(ctx, length, marked, SQUEEZE_KEEP_NOPS, 0);
+	if (used == OPTIONS_REFUSED)
+		return REASON_BAD_OPTION;
+	total = tcp_options_room(used);
+	if (tcp_options_append(used, 0, total))
+		return REASON_HELPER_FAILED;
+	checksum = tcp_checksum(ctx, &segment->at);
+	if (checksum == CHECKSUM_UNCLEAR)
+		return REASON_CHECKSUM_UNCLEAR;
+	if (total < length) {
+		if (segment->at.fragmented)
+			return REASON_FRAGMENT;
+		if (segment_is_bare(segment))
+			reason = pkt_shrink(ctx, segment, length - total);
+		else if (checksum == CHECKSUM_PARTIAL)
+			reason = REASON_CHECKSUM_PARTIAL;
+		else
+			reason = pkt_cut(ctx,
+					 segment->at.transport + sizeof(struct tcphdr) + total,
+					 length - total);
+		if (reason)
+			return reason;
+	}
+	return tcp_options_write(ctx, segment, scratch, checksum, total);
+}
+
+#else
+
+/* Not to be had: `mode` of strip_option is refused when the chain is planned. */
+static __always_inline enum reason tcp_options_remove(hook_ctx *ctx, const struct segment *segment,
+						      __u32 kind, __u32 subtype)
+{
+	return REASON_HELPER_FAILED;
+}
+
+#endif

@@ -19,6 +19,12 @@
 #define __default(text) __tag("default:" text)
 /* Smallest and largest value. An enum with a range takes numbers too. */
 #define __range(low, high) __tag("range:" #low ".." #high)
+/* Smallest and largest value where the bool member `when` is true. */
+#define __limit(when, low, high) __tag("limit:" when ":" #low ".." #high)
+/* A value that only these hooks have ("xdp,tc-egress"), and why. */
+#define __only(value, hooks, why) __tag("only:" value ":" hooks ":" why)
+/* A bool: where it is true, the policy needs nothing that learners know of connections. */
+#define __stateless __tag("stateless")
 /* The OR of enumerators, given as a list. */
 #define __flags __tag("flags")
 

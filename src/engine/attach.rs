@@ -85,8 +85,8 @@ impl Place {
 
     /// Attaches a program for the first time, and tells the mode it got.
     ///
-    /// A link goes with this process until it is pinned; a filter stays. So `before_filter` runs
-    /// before a filter is attached: what tells that it is ours must be kept by then.
+    /// `before` runs before the program can, with the mode that is tried. A link goes with this
+    /// process until it is pinned, a filter stays: what tells that it is ours must be kept by then.
     ///
     /// # Errors
     /// [`Refused`] where somebody else's program is there, or the mode is not to be had.
@@ -94,28 +94,38 @@ impl Place {
         &self,
         program: impl AsFd,
         mode: Mode,
-        before_filter: impl FnOnce() -> Result<()>,
+        before: impl FnMut(Mode) -> Result<()>,
     ) -> Result<(Hold, Mode)> {
         match self.hook {
-            Hook::Xdp => self.attach_xdp(program, mode),
-            Hook::TcIngress | Hook::TcEgress => self.attach_tc(program, mode, before_filter),
+            Hook::Xdp => self.attach_xdp(program, mode, before),
+            Hook::TcIngress | Hook::TcEgress => self.attach_tc(program, mode, before),
         }
     }
 
-    fn attach_xdp(&self, program: impl AsFd, mode: Mode) -> Result<(Hold, Mode)> {
+    fn attach_xdp(
+        &self,
+        program: impl AsFd,
+        mode: Mode,
+        mut before: impl FnMut(Mode) -> Result<()>,
+    ) -> Result<(Hold, Mode)> {
         if let Ok(Some(other)) = sys::xdp_attached(self.ifindex) {
             return Err(self.taken(other).into());
         }
-        let native = || sys::xdp_link_create(&program, self.ifindex, XdpMode::Native);
-        let generic = || sys::xdp_link_create(&program, self.ifindex, XdpMode::Generic);
+        let mut attach = |mode| -> Result<io::Result<OwnedFd>> {
+            before(mode)?;
+            let kernel_mode = match mode {
+                Mode::Generic => XdpMode::Generic,
+                _ => XdpMode::Native,
+            };
+            Ok(sys::xdp_link_create(&program, self.ifindex, kernel_mode))
+        };
         let (link, mode) = match mode {
-            Mode::Generic => (generic(), Mode::Generic),
-            Mode::Auto => match native() {
-                Ok(link) => (Ok(link), Mode::Native),
-                Err(error) if is_busy(&error) => (Err(error), Mode::Native),
-                Err(_) => (generic(), Mode::Generic),
+            Mode::Generic => (attach(Mode::Generic)?, Mode::Generic),
+            Mode::Auto => match attach(Mode::Native)? {
+                Err(error) if !is_busy(&error) => (attach(Mode::Generic)?, Mode::Generic),
+                link => (link, Mode::Native),
             },
-            _ => (native(), Mode::Native),
+            _ => (attach(Mode::Native)?, Mode::Native),
         };
         match link {
             Ok(link) => Ok((Hold::Link(link), mode)),
@@ -166,16 +176,17 @@ impl Place {
         &self,
         program: impl AsFd,
         mode: Mode,
-        before_filter: impl FnOnce() -> Result<()>,
+        mut before: impl FnMut(Mode) -> Result<()>,
     ) -> Result<(Hold, Mode)> {
         if mode != Mode::Clsact {
+            before(Mode::Tcx)?;
             match sys::tcx_link_create(&program, self.ifindex, self.direction()) {
                 Ok(link) => return Ok((Hold::Link(link), Mode::Tcx)),
                 Err(error) if mode == Mode::Auto && lacks_tcx(&error) => {}
                 Err(error) => return Err(self.no_tcx(&error)),
             }
         }
-        before_filter()?;
+        before(Mode::Clsact)?;
         let attached = sys::clsact_attach(
             program,
             self.ifindex,

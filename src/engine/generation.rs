@@ -11,15 +11,18 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapType, ObjectBuilder};
 
 use super::bpf::types::{self, node_config, node_flags};
-use super::bpf::{self, CONTEXT_SIZE, STATS_SIZE, bytes_of};
+use super::bpf::{
+    self, ATTACHMENT_SIZE, CONTEXT_SIZE, FLOW_ID_SIZE, FLOW_STATE_SIZE, STATS_SIZE, bytes_of,
+};
 use super::kernel;
 use super::sets;
 use super::sys;
 use crate::error::Refused;
 use crate::hook::{Family, Hook};
 use crate::plan::{ArgumentUse, Graph, Node, Successor};
+use crate::policy::btf::FLOWS;
 use crate::policy::{ElementParam, FieldType, Kind, Names, Policy, Registry};
-use crate::spec::Keys;
+use crate::spec::{Checksum, Keys, Mode};
 
 /// In front of the name of every kernel object we make.
 pub const PREFIX: &str = "pc_";
@@ -27,6 +30,8 @@ pub const PREFIX: &str = "pc_";
 const OBJECT: &str = "pc_node";
 /// Map that a policy declares for the devices its parameters name.
 const DEVICES: &str = "pc_devices";
+/// Connections a device remembers.
+const MAX_FLOWS: u32 = 1 << 16;
 /// Map that a keyed selector looks packets up in.
 const SET: &str = "set";
 
@@ -63,6 +68,10 @@ pub struct Environment<'a> {
     pub names: &'a dyn Names,
     /// Named sets.
     pub sets: &'a BTreeMap<String, OwnedFd>,
+    /// How far TCP checksums are done on arrival.
+    pub checksum: Checksum,
+    /// What learners know of connections, from [`create_flows`]; for graphs that learn.
+    pub flows: Option<&'a OwnedFd>,
 }
 
 /// A loaded graph. It runs once its entry program is attached.
@@ -76,6 +85,10 @@ pub struct Generation {
     pub chains: OwnedFd,
     /// Counters: nodes by index, and behind them those of the entry.
     pub counters: OwnedFd,
+    /// What is known once it is attached.
+    attachment: OwnedFd,
+    /// What learners know of connections, if the graph has one.
+    pub flows: Option<OwnedFd>,
     pub node_count: usize,
     pub carrier: &'static str,
     /// Its maps are pinned, and stay when this is dropped.
@@ -95,6 +108,7 @@ pub fn load(graph: &Graph, environment: &Environment<'_>) -> Result<Generation> 
         chains: create(MapType::ProgArray, "pc_chains", 4, heads)?,
         counters: create(MapType::PercpuArray, "pc_counters", STATS_SIZE, count + 1)?,
         context: create(MapType::PercpuArray, "pc_context", CONTEXT_SIZE, 1)?,
+        attachment: create(MapType::Array, "pc_attachment", ATTACHMENT_SIZE, 1)?,
     };
     let carrier = match environment.carrier {
         _ if !graph.has_context => types::carrier::CARRIER_NONE,
@@ -128,13 +142,58 @@ pub fn load(graph: &Graph, environment: &Environment<'_>) -> Result<Generation> 
         nodes: shared.nodes,
         chains: shared.chains,
         counters: shared.counters,
+        attachment: shared.attachment,
+        flows: environment.flows.map(OwnedFd::try_clone).transpose()?,
         node_count: graph.nodes.len(),
         carrier: carrier_name(environment.hook, carrier),
         pinned: false,
     })
 }
 
+/// Makes the map of what learners know of connections. The kernel forgets those that were not
+/// looked up for longest.
+///
+/// # Errors
+/// What the kernel says.
+pub fn create_flows() -> Result<OwnedFd> {
+    sys::map_create(
+        MapType::LruHash,
+        FLOWS,
+        FLOW_ID_SIZE,
+        FLOW_STATE_SIZE,
+        MAX_FLOWS,
+        0,
+    )
+    .map_err(|error| kernel_error("create the map of connections".to_owned(), &error))
+}
+
+/// Whether a map is one that [`create_flows`] makes, in this version of the program.
+///
+/// # Errors
+/// What the kernel says.
+pub fn is_flows(map: impl AsFd) -> Result<bool> {
+    let info = sys::map_info(map).context("look at the map of connections")?;
+    Ok((info.key_size, info.value_size) == (FLOW_ID_SIZE, FLOW_STATE_SIZE))
+}
+
 impl Generation {
+    /// Tells the programs how the entry is attached; before it is.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn set_mode(&self, mode: Mode) -> Result<()> {
+        let attachment = types::attachment {
+            generic: u32::from(mode == Mode::Generic),
+        };
+        sys::map_update(
+            &self.attachment,
+            &0u32.to_ne_bytes(),
+            bytes_of(&attachment),
+            0,
+        )
+        .context("tell the programs how they are attached")
+    }
+
     /// Zeroes all counters.
     ///
     /// # Errors
@@ -175,6 +234,15 @@ pub fn overwrite(array: impl AsFd, stub: impl AsFd) -> Result<()> {
     Ok(())
 }
 
+fn checksum_value(checksum: Checksum) -> u32 {
+    let value = match checksum {
+        Checksum::Auto => types::checksum::CHECKSUM_AUTO,
+        Checksum::Complete => types::checksum::CHECKSUM_COMPLETE,
+        Checksum::Partial => types::checksum::CHECKSUM_PARTIAL,
+    };
+    value.0
+}
+
 fn carrier_name(hook: Hook, carrier: types::carrier) -> &'static str {
     match (carrier, hook.family()) {
         (types::carrier::CARRIER_PACKET, Family::Xdp) => DATA_META,
@@ -190,6 +258,7 @@ struct Shared {
     chains: OwnedFd,
     counters: OwnedFd,
     context: OwnedFd,
+    attachment: OwnedFd,
 }
 
 struct Loader<'a> {
@@ -204,6 +273,7 @@ impl Loader<'_> {
     fn node(&mut self, node: &Node, index: u32) -> Result<OwnedFd> {
         let registry = self.environment.registry;
         let policy = match node.kind {
+            _ if node.is_learner() => registry.learner(),
             Kind::Selector => registry.selector(&node.policy),
             Kind::Action => registry.action(&node.policy),
         }
@@ -228,6 +298,9 @@ impl Loader<'_> {
                     Some(set) => map.reuse_fd(set.as_fd())?,
                     None => map.set_autocreate(false)?,
                 }
+            } else if name == FLOWS && self.environment.flows.is_none() {
+                // Its parameters say that the node does without.
+                map.set_autocreate(false)?;
             } else if let Some(shared) = self.shared_map(&name) {
                 map.reuse_fd(shared)?;
             } else {
@@ -253,6 +326,8 @@ impl Loader<'_> {
             "pc_chains" => &self.shared.chains,
             "pc_counters" => &self.shared.counters,
             "pc_context" => &self.shared.context,
+            "pc_attachment" => &self.shared.attachment,
+            FLOWS => self.environment.flows?,
             other => self.private.get(other)?,
         };
         Some(map.as_fd())
@@ -298,6 +373,7 @@ impl Loader<'_> {
             chain: node.chain_id,
             flags,
             carrier: self.carrier,
+            checksum: checksum_value(self.environment.checksum),
             ..node_config::default()
         };
         if let Some(param) = element {
@@ -404,6 +480,9 @@ macro_rules! entry_from_skeleton {
                     .reuse_fd(self.shared.counters.as_fd())?;
                 open.maps.pc_context.reuse_fd(self.shared.context.as_fd())?;
                 open.maps.pc_chains.reuse_fd(self.shared.chains.as_fd())?;
+                open.maps
+                    .pc_attachment
+                    .reuse_fd(self.shared.attachment.as_fd())?;
                 let skeleton = open.load().map_err(load_error)?;
                 Ok((
                     skeleton.progs.pc_entry.as_fd().try_clone_to_owned()?,

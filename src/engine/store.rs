@@ -6,7 +6,7 @@
 //!        sets/NAME                     a named set
 //!        NETNS_IFINDEX_HOOK/link       an attachment's link (none for clsact)
 //!                           gN/        a generation: entry stub nodes chains counters
-//!                                      record [base]
+//!                                      record [flows] [base]
 //! ```
 //!
 //! The program that a link or filter runs is the only commit point: the generation with that entry
@@ -31,7 +31,7 @@ use super::sys;
 use crate::error::Refused;
 use crate::hook::Hook;
 use crate::netns;
-use crate::plan::Graph;
+use crate::plan::{self, Graph};
 use crate::policy::Registry;
 use crate::spec::{Chain, Mode, SetSpec};
 
@@ -67,6 +67,8 @@ pub struct Record {
     pub carrier: String,
     /// Whether the clsact qdisc is ours to remove.
     pub qdisc_is_ours: bool,
+    /// Whether some node looks up what learners know of connections.
+    pub reads_flows: bool,
     /// The chains attached here.
     pub chains: Vec<Chain>,
     /// Everything the programs were made from, to tell whether anything changed.
@@ -312,6 +314,7 @@ impl Store {
                 .context("a mode")?,
             carrier: text(value, "carrier")?,
             qdisc_is_ours: value["qdisc_is_ours"] == Value::Bool(true),
+            reads_flows: value["reads_flows"] == Value::Bool(true),
             chains: Vec::new(),
             made_from: value["made_from"].clone(),
             nodes: Vec::new(),
@@ -422,14 +425,15 @@ impl Store {
         let path = folder.join(format!("g{number}"));
         make_folder(&path)?;
         let pinned = || -> Result<()> {
-            let objects: [(&str, &OwnedFd); 5] = [
+            let objects = [
                 ("entry", &generation.entry),
                 ("stub", &generation.stub),
                 ("nodes", &generation.nodes),
                 ("chains", &generation.chains),
                 ("counters", &generation.counters),
             ];
-            for (name, object) in objects {
+            let flows = generation.flows.iter().map(|flows| ("flows", flows));
+            for (name, object) in objects.into_iter().chain(flows) {
                 sys::pin(object, &path.join(name)).with_context(|| format!("pin {name}"))?;
             }
             write_json("pc_record", record, &path.join("record"))
@@ -530,6 +534,22 @@ impl Attachment {
         self.folder.join(format!("g{}", self.number))
     }
 
+    /// What is known of the device's connections, if its handshakes are learnt here in a way that
+    /// this version of the program understands.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn flows(&self) -> Result<Option<OwnedFd>> {
+        match sys::open_pin(&self.generation().join("flows")) {
+            Ok(flows) => Ok(generation::is_flows(&flows)?.then_some(flows)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(kernel_error(
+                "open the map of connections".to_owned(),
+                &error,
+            )),
+        }
+    }
+
     /// What nodes counted since they were first applied, in their order; the entry's last.
     ///
     /// # Errors
@@ -568,10 +588,18 @@ impl Record {
             "mode": mode.name(),
             "carrier": carrier,
             "qdisc_is_ours": qdisc_is_ours,
+            "reads_flows": graph.reads_flows,
             "chains": chains.iter().map(|chain| chain.to_json()).collect::<Vec<_>>(),
             "made_from": made_from,
             "nodes": nodes,
         })
+    }
+}
+
+impl RecordedNode {
+    /// Whether it is the node that remembers handshakes.
+    pub fn is_learner(&self) -> bool {
+        self.chain == plan::ENTRY
     }
 }
 

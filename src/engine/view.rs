@@ -11,7 +11,7 @@ use super::store::{Attachment, RecordedNode, Store};
 use crate::error::{Invalid, did_you_mean};
 use crate::hook::Hook;
 use crate::netns;
-use crate::spec::{Chain, Mode};
+use crate::spec::{Chain, Checksum, Mode};
 
 /// A chain and where it runs.
 pub struct ChainView {
@@ -35,6 +35,10 @@ pub struct AttachView {
     pub generation: u64,
     /// Where the context of packets lives.
     pub carrier: String,
+    /// How far the TCP checksums of packets are done; on TC the kernel tells.
+    pub checksum: Checksum,
+    /// Hooks of the device where handshakes are remembered, if something here needs it.
+    pub learners: Vec<Hook>,
     /// Inode of the network namespace.
     pub netns: u64,
     pub packets: u64,
@@ -75,11 +79,25 @@ pub fn chains(store: &Store, all_netns: bool) -> Result<Vec<ChainView>> {
     store.state()?.subs.iter().for_each(&mut add);
     for attachment in &attachments {
         let totals = attachment.totals()?;
+        let learners = learners(attachment, &attachments);
         for view in views.values_mut() {
-            view.add(attachment, &totals);
+            view.add(attachment, &totals, &learners);
         }
     }
     Ok(views.into_values().collect())
+}
+
+/// The hooks where the handshakes are remembered that an attachment needs to know.
+fn learners(attachment: &Attachment, all: &[Attachment]) -> Vec<Hook> {
+    if !attachment.record.reads_flows {
+        return Vec::new();
+    }
+    let device = |other: &&Attachment| {
+        (other.netns, other.place.ifindex) == (attachment.netns, attachment.place.ifindex)
+    };
+    let learns = |other: &&Attachment| other.record.nodes.iter().any(|node| node.is_learner());
+    let hooks = all.iter().filter(device).filter(learns);
+    hooks.map(|other| other.place.hook).collect()
 }
 
 /// One chain.
@@ -107,7 +125,7 @@ pub fn chain(store: &Store, name: &str) -> Result<ChainView> {
 }
 
 impl ChainView {
-    fn add(&mut self, attachment: &Attachment, totals: &[Counters]) {
+    fn add(&mut self, attachment: &Attachment, totals: &[Counters], learners: &[Hook]) {
         let (mut packets, mut bytes) = (0, 0);
         let mut nodes = Vec::new();
         for (node, counters) in attachment.record.nodes.iter().zip(totals) {
@@ -141,6 +159,8 @@ impl ChainView {
                 mode: attachment.record.mode,
                 generation: attachment.number,
                 carrier: attachment.record.carrier.clone(),
+                checksum: Checksum::asked(chains, &attachment.record.device, attachment.place.hook),
+                learners: learners.to_vec(),
                 netns: attachment.netns,
                 packets,
                 bytes,
@@ -199,6 +219,9 @@ impl ChainView {
                 "  on {} {} ({}), generation {}, context {}\n",
                 attach.device, attach.hook, attach.mode, attach.generation, attach.carrier
             ));
+            for line in &attach.lines()[1..] {
+                page.push_str(&format!("   {line}\n"));
+            }
         }
         for place in &self.nodes {
             page.push_str(&format!(
@@ -231,6 +254,19 @@ impl ChainView {
 }
 
 impl AttachView {
+    /// The place, and what is not as it mostly is there.
+    fn lines(&self) -> Vec<String> {
+        let mut lines = vec![format!("{} {} ({})", self.device, self.hook, self.mode)];
+        if self.checksum != Checksum::Auto {
+            lines.push(format!("  checksums {}", self.checksum.name()));
+        }
+        if !self.learners.is_empty() {
+            let hooks: Vec<&str> = self.learners.iter().map(|hook| hook.name()).collect();
+            lines.push(format!("  learners {}", hooks.join(", ")));
+        }
+        lines
+    }
+
     fn to_json(&self) -> Value {
         json!({
             "device": self.device,
@@ -238,6 +274,8 @@ impl AttachView {
             "mode": self.mode.name(),
             "generation": self.generation,
             "carrier": self.carrier,
+            "checksum": self.checksum.name(),
+            "learners": self.learners.iter().map(|hook| hook.name()).collect::<Vec<_>>(),
             "netns": self.netns,
             "packets": self.packets,
             "bytes": self.bytes,
@@ -277,11 +315,7 @@ pub fn table(views: &[ChainView]) -> String {
         "CHAIN", "PRIO", "DEVICE HOOK (MODE)", "THEN", "PACKETS", "BYTES"
     );
     for view in views {
-        let mut places: Vec<String> = view
-            .attached
-            .iter()
-            .map(|attach| format!("{} {} ({})", attach.device, attach.hook, attach.mode))
-            .collect();
+        let mut places: Vec<String> = view.attached.iter().flat_map(AttachView::lines).collect();
         if places.is_empty() {
             places.push("- (entered by goto)".to_owned());
         }

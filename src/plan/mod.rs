@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 
 use crate::error::Invalid;
-use crate::hook::Hook;
+use crate::hook::{Family, Hook};
 use crate::policy::{Kind, Policy, Registry};
 use crate::spec::{Action, Chain, Keys, OnError, Origin, Spec, Then};
 
@@ -22,6 +22,10 @@ pub const MAX_TAIL_CALLS: usize = 33;
 
 /// The name of the action a chain without selectors and actions gets, so that it can be counted.
 const COUNT: &str = "count";
+/// What a node belongs to that is part of no chain. No name of a chain.
+pub(crate) const ENTRY: &str = "(entry)";
+/// The name of the node that remembers handshakes.
+const LEARNER: &str = "learner";
 /// The name of the action that goes to a chain.
 const GOTO: &str = "goto";
 
@@ -85,6 +89,10 @@ pub struct Graph {
     pub heads: BTreeMap<u32, Successor>,
     /// Whether some node reads the packet's context.
     pub has_context: bool,
+    /// Whether some node looks up what learners know of connections.
+    pub reads_flows: bool,
+    /// Whether a learner sees every packet first.
+    pub learns: bool,
 }
 
 impl Graph {
@@ -95,7 +103,25 @@ impl Graph {
             entry: Successor::Pass,
             heads: BTreeMap::new(),
             has_context: false,
+            reads_flows: false,
+            learns: false,
         }
+    }
+}
+
+impl Graph {
+    /// With a learner in front of all nodes, if there is none.
+    ///
+    /// # Errors
+    /// [`Invalid`] for a path that has no room for it.
+    pub fn with_learner(mut self) -> Result<Graph, Invalid> {
+        if !self.learns {
+            self.nodes.push(learner(self.entry));
+            self.entry = Successor::Node(self.nodes.len() - 1);
+            self.learns = true;
+            paths::check(&self)?;
+        }
+        Ok(self)
     }
 }
 
@@ -103,6 +129,11 @@ impl Node {
     /// `CHAIN/ORDINAL:POLICY`, unique in a graph.
     pub fn name(&self) -> String {
         format!("{}/{}:{}", self.chain, self.ordinal, self.policy)
+    }
+
+    /// Whether this is the node that remembers handshakes, which no chain has.
+    pub fn is_learner(&self) -> bool {
+        self.chain == ENTRY
     }
 
     /// Whether the argument of an element replaces one of the parameters.
@@ -165,14 +196,45 @@ pub fn plan(
         .iter()
         .filter_map(|(name, head)| Some((*ids.get(name)?, *head)))
         .collect();
+    let edits = |node: &Node| hook.family() == Family::Tc && node.kind == Kind::Action;
+    let has_context = |node: &Node| node.reads_argument() || edits(node);
+    let reads_flows = planner.nodes.iter().any(|node| {
+        let policy = registry.action(&node.policy);
+        node.kind == Kind::Action && policy.is_some_and(|p| p.reads_flows_with(&node.params))
+    });
     let graph = Graph {
-        has_context: planner.nodes.iter().any(Node::reads_argument),
+        has_context: planner.nodes.iter().any(has_context),
         nodes: planner.nodes,
         entry,
         heads,
+        reads_flows,
+        learns: false,
     };
+    if reads_flows {
+        return graph.with_learner();
+    }
     paths::check(&graph)?;
     Ok(graph)
+}
+
+/// The node that remembers handshakes and goes on with `next`.
+fn learner(next: Successor) -> Node {
+    Node {
+        chain: ENTRY.to_owned(),
+        chain_id: 0,
+        ordinal: 0,
+        policy: LEARNER.to_owned(),
+        kind: Kind::Action,
+        next,
+        otherwise: next,
+        negate: false,
+        keys: Keys::None,
+        params: Map::new(),
+        argument: ArgumentUse::Leave,
+        terminal: false,
+        counts_for_chain: false,
+        origin: Origin::default(),
+    }
 }
 
 /// Plans every hook that the chains of a specification name, on their own: what can be found wrong
@@ -296,9 +358,9 @@ impl Planner<'_> {
         let mut next = then;
         for (at, action) in actions.iter().enumerate().rev() {
             let policy = self.registry.action(&action.policy);
-            let terminal = self
-                .supported(policy, &action.policy, &action.origin)?
-                .terminal;
+            let policy = self.supported(policy, &action.policy, &action.origin)?;
+            self.values_supported(policy, action)?;
+            let terminal = policy.terminal;
             let mut node = Node {
                 next,
                 otherwise: match action.on_error {
@@ -390,6 +452,25 @@ impl Planner<'_> {
                 format!("one of the hooks {name} has: {}", policy.hooks.join(", ")),
             )
             .advice("attach the chain to another hook, or use another policy"))
+    }
+
+    /// Refuses a value of a parameter that the hook does not have.
+    fn values_supported(&self, policy: &Policy, action: &Action) -> Result<(), Invalid> {
+        let Some(field) = policy.missing_at(self.hook, &action.params) else {
+            return Ok(());
+        };
+        let Some(only) = &field.only else {
+            return Ok(());
+        };
+        let value = action.params.get(&field.name).unwrap_or(&Value::Null);
+        Err(action
+            .origin
+            .invalid(
+                &format!(".{}", field.name),
+                format!("{value} on {}: {}", self.hook, only.why),
+                format!("\"{}\" on {} only", only.value, only.hooks.join(", ")),
+            )
+            .advice("attach the chain to such a hook, or leave the parameter out"))
     }
 
     fn add(&mut self, node: Node) -> Successor {

@@ -29,6 +29,9 @@ pub const RESERVED_IN_KEY: [&str; 2] = ["arg", "chain"];
 const VOCABULARY: &str = "__u8 __u16 __u32 __u64 __be16 __be32 __be64 bool enum ip_t prefix_t \
      mac_t device_t chain_t port_t port_range_t duration_t bytes_t";
 
+/// Map of what learners know of connections.
+pub const FLOWS: &str = "pc_flows";
+
 /// What a policy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
@@ -66,6 +69,9 @@ pub struct Description {
     pub node_offset: usize,
     /// Key of the map `set`, if the object has one.
     pub key: Option<Key>,
+    /// Whether it looks up what learners know of connections, unless a parameter that is
+    /// [`Field::stateless`] is true.
+    pub reads_flows: bool,
 }
 
 /// The key of a set, from `struct KIND_key`.
@@ -102,7 +108,32 @@ pub struct Field {
     /// Inclusive bounds of an integer, an enum's plain number, a bool (`1..1`: must be true), or a
     /// duration in nanoseconds.
     pub range: Option<(u64, u64)>,
+    /// Bounds that hold where a bool is true.
+    pub limit: Option<Limit>,
+    /// A value that not every hook has.
+    pub only: Option<Only>,
+    /// A bool: true says that the policy needs nothing learners know of connections.
+    pub stateless: bool,
     pub array: Option<Array>,
+}
+
+/// Inclusive bounds of a member that hold where another, a bool, is true.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// Name of the bool.
+    pub when: String,
+    pub low: u64,
+    pub high: u64,
+}
+
+/// A value that only some hooks have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Only {
+    /// As in chain files.
+    pub value: String,
+    pub hooks: Vec<String>,
+    /// Why the others do not.
+    pub why: String,
 }
 
 impl Field {
@@ -232,6 +263,7 @@ fn describe(object: &[u8], name: &str) -> Result<Description> {
             .transpose()?,
         node_offset: node.offset,
         key: reader.set_key()?,
+        reads_flows: reader.section_variables(".maps")?.contains_key(FLOWS),
     })
 }
 
@@ -266,6 +298,9 @@ struct Tags<'a> {
     required: bool,
     default: Option<&'a str>,
     range: Option<(u64, u64)>,
+    limit: Option<Limit>,
+    only: Option<Only>,
+    stateless: bool,
     flags: bool,
 }
 
@@ -355,6 +390,7 @@ impl<'a> Reader<'a> {
             .layout(as_struct(ty).context("`params` is not a struct")?)
             .context("struct params")?;
         refuse_names(&layout, &RESERVED)?;
+        check_limits(&layout)?;
         Ok(layout)
     }
 
@@ -507,6 +543,9 @@ impl<'a> Reader<'a> {
             required: tags.required,
             default: tags.default.map(str::to_owned),
             range: tags.range,
+            limit: tags.limit,
+            only: tags.only,
+            stateless: tags.stateless,
             array,
         })
     }
@@ -738,9 +777,15 @@ fn member_tags<'a>(tags: &[&'a str]) -> Result<Tags<'a>> {
             Some(("doc", text)) => found.doc = Some(text.trim()).filter(|text| !text.is_empty()),
             Some(("default", text)) => found.default = Some(text),
             Some(("range", text)) => found.range = Some(range(text)?),
+            Some(("limit", text)) => found.limit = Some(limit(text)?),
+            Some(("only", text)) => found.only = Some(only(text)?),
             None if *tag == "required" => found.required = true,
             None if *tag == "flags" => found.flags = true,
-            _ => bail!("unknown tag \"{tag}\"; known: doc: required default: range: flags"),
+            None if *tag == "stateless" => found.stateless = true,
+            _ => bail!(
+                "unknown tag \"{tag}\"; known: doc: required default: range: limit: only: flags \
+                 stateless"
+            ),
         }
     }
     Ok(found)
@@ -753,6 +798,30 @@ fn range(text: &str) -> Result<(u64, u64)> {
         .with_context(|| {
             format!("tag \"range:{text}\": expected LO..HI, not negative, LO not above HI")
         })
+}
+
+fn limit(text: &str) -> Result<Limit> {
+    let (when, bounds) = text
+        .split_once(':')
+        .with_context(|| format!("tag \"limit:{text}\": expected MEMBER:LO..HI"))?;
+    let (low, high) = range(bounds)?;
+    Ok(Limit {
+        when: when.to_owned(),
+        low,
+        high,
+    })
+}
+
+fn only(text: &str) -> Result<Only> {
+    let mut parts = text.splitn(3, ':');
+    let (Some(value), Some(list), Some(why)) = (parts.next(), parts.next(), parts.next()) else {
+        bail!("tag \"only:{text}\": expected VALUE:HOOKS:WHY");
+    };
+    Ok(Only {
+        value: value.to_owned(),
+        hooks: hooks(list)?,
+        why: why.trim().to_owned(),
+    })
 }
 
 fn integer(text: &str) -> Option<u64> {
@@ -777,6 +846,10 @@ fn check_tags(ty: &FieldType, is_array: bool, tags: &Tags<'_>) -> Result<()> {
             "tag \"range:\": {high} is above {most}, the greatest value of the type"
         );
     }
+    ensure!(
+        !tags.stateless || *ty == FieldType::Bool,
+        "tag \"stateless\" needs a bool"
+    );
     if tags.flags {
         ensure!(
             matches!(ty, FieldType::Enum { .. }),
@@ -792,6 +865,22 @@ fn check_tags(ty: &FieldType, is_array: bool, tags: &Tags<'_>) -> Result<()> {
         is_array || *ty != FieldType::Bytes,
         "bytes_t must be an array, as in `bytes_t x[8]; __u8 x_len;`"
     );
+    Ok(())
+}
+
+fn check_limits(layout: &Layout) -> Result<()> {
+    for field in &layout.fields {
+        let Some(limit) = &field.limit else {
+            continue;
+        };
+        let when = layout.fields.iter().find(|other| other.name == limit.when);
+        ensure!(
+            when.is_some_and(|when| when.ty == FieldType::Bool),
+            "{}: tag \"limit:\" names `{}`, which is no bool member",
+            field.name,
+            limit.when
+        );
+    }
     Ok(())
 }
 

@@ -20,8 +20,9 @@ use std::ops::Deref;
 use std::sync::OnceLock;
 
 use anyhow::{Result, anyhow, ensure};
+use serde_json::{Map, Value};
 
-pub use btf::{Array, Description, Field, FieldType, Key, Kind, Layout};
+pub use btf::{Array, Description, Field, FieldType, Key, Kind, Layout, Limit, Only};
 pub use pack::{ElementParam, Names, Packed, ReverseNames};
 pub use print::{policies_json, policies_table, policy_json, policy_page};
 pub use services::ServicesFile;
@@ -101,6 +102,27 @@ impl Policy {
         }
     }
 
+    /// Whether it looks up what learners know of connections, with these parameters.
+    pub fn reads_flows_with(&self, params: &Map<String, Value>) -> bool {
+        let fields = self.params.iter().flat_map(|layout| &layout.fields);
+        let mut stateless = fields.filter(|field| field.stateless);
+        self.reads_flows
+            && !stateless.any(|field| params.get(&field.name) == Some(&Value::Bool(true)))
+    }
+
+    /// A parameter whose value a hook does not have.
+    pub fn missing_at(&self, hook: Hook, params: &Map<String, Value>) -> Option<&Field> {
+        let fields = self.params.iter().flat_map(|layout| &layout.fields);
+        fields.into_iter().find(|field| {
+            let (Some(only), Some(value)) = (&field.only, params.get(&field.name)) else {
+                return false;
+            };
+            // What an element brings is not known.
+            (value.is_object() || value.as_str() == Some(&only.value))
+                && !only.hooks.iter().any(|name| name == hook.name())
+        })
+    }
+
     /// Whether the policy can run at a hook.
     pub fn runs_at(&self, hook: Hook) -> bool {
         self.hooks.iter().any(|name| name == hook.name())
@@ -112,6 +134,7 @@ impl Policy {
 pub struct Registry {
     policies: Vec<Policy>,
     set_kinds: Vec<Key>,
+    learner: Option<Policy>,
 }
 
 impl Registry {
@@ -121,8 +144,14 @@ impl Registry {
     /// As [`Registry::new`].
     pub fn embedded() -> Result<&'static Registry> {
         static REGISTRY: OnceLock<Result<Registry, String>> = OnceLock::new();
+        let read = || -> Result<Registry> {
+            Ok(Registry {
+                learner: Some(Policy::new(embedded::LEARNER)?),
+                ..Registry::new(embedded::EMBEDDED)?
+            })
+        };
         REGISTRY
-            .get_or_init(|| Registry::new(embedded::EMBEDDED).map_err(|error| format!("{error:#}")))
+            .get_or_init(|| read().map_err(|error| format!("{error:#}")))
             .as_ref()
             .map_err(|error| anyhow!("{error}"))
     }
@@ -185,6 +214,11 @@ impl Registry {
 
     pub fn action(&self, name: &str) -> Option<&Policy> {
         self.find(Kind::Action, name)
+    }
+
+    /// What stands in front of graphs that need to know connections; not for chain files.
+    pub fn learner(&self) -> Option<&Policy> {
+        self.learner.as_ref()
     }
 
     /// The kinds of sets that policies use, by name.

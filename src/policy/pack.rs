@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use super::btf::{Field, FieldType, Layout, RESERVED_IN_KEY};
+use super::btf::{Field, FieldType, Layout, Limit, RESERVED_IN_KEY};
 use super::value::{decode, encode, get, hex, hex_text, put, seen};
 use crate::error::{Invalid, did_you_mean};
 
@@ -102,12 +102,19 @@ impl Layout {
             let path = format!("{path}.{}", field.name);
             match values.get(&field.name) {
                 Some(value) if is_from(value) => {
-                    let param = element_param(field, value, &path, allow_element)?;
+                    let mut param = element_param(field, value, &path, allow_element)?;
+                    if let Some(limit) = limit_in_force(field, values) {
+                        param.min = param.min.max(limit.low);
+                        param.max = param.max.min(limit.high);
+                    }
                     if packed.element.replace(param).is_some() {
                         return Err(second_element(&path, value));
                     }
                 }
-                Some(value) => pack_field(field, value, &path, names, &mut packed.bytes)?,
+                Some(value) => {
+                    pack_field(field, value, &path, names, &mut packed.bytes)?;
+                    refuse_beyond_limit(field, value, values, &path)?;
+                }
                 None if field.required => return Err(missing(field, &path)),
                 None => {
                     if let Some(default) = field.default_value() {
@@ -264,6 +271,35 @@ fn element_param(
         return refuse("but an element carries one number, a device or a chain");
     }
     Ok(ElementParam::of(field))
+}
+
+/// The bounds of a member where the bool they depend on is given as true.
+fn limit_in_force<'f>(field: &'f Field, values: &Map<String, Value>) -> Option<&'f Limit> {
+    let limit = field.limit.as_ref()?;
+    (values.get(&limit.when) == Some(&Value::Bool(true))).then_some(limit)
+}
+
+fn refuse_beyond_limit(
+    field: &Field,
+    value: &Value,
+    values: &Map<String, Value>,
+    path: &str,
+) -> Result<(), Invalid> {
+    let Some(limit) = limit_in_force(field, values) else {
+        return Ok(());
+    };
+    let number = value.as_u64();
+    if number.is_some_and(|number| (limit.low..=limit.high).contains(&number)) {
+        return Ok(());
+    }
+    Err(Invalid::new(
+        path,
+        seen(value),
+        format!(
+            "an integer from {} to {}, with \"{}\": true",
+            limit.low, limit.high, limit.when
+        ),
+    ))
 }
 
 fn second_element(path: &str, value: &Value) -> Invalid {

@@ -127,6 +127,14 @@ fn field_json(field: &Field, kind: Kind) -> Value {
             put("maximum", high.into());
         }
     }
+    if let Some(limit) = &field.limit {
+        let bounds = json!({ "when": limit.when, "minimum": limit.low, "maximum": limit.high });
+        put("limit", bounds);
+    }
+    if let Some(only) = &field.only {
+        let hooks = json!({ "value": only.value, "hooks": only.hooks, "why": only.why });
+        put("only", hooks);
+    }
     if let Some(array) = field.array {
         put("capacity", array.capacity.into());
     }
@@ -199,7 +207,18 @@ fn value_text(field: &Field, kind: Kind) -> String {
     } else {
         ""
     };
-    format!("{presence}: {}{element}", field.words())
+    let limit = match &field.limit {
+        Some(limit) => format!(
+            "; {} to {} with \"{}\": true",
+            limit.low, limit.high, limit.when
+        ),
+        None => String::new(),
+    };
+    let only = match &field.only {
+        Some(only) => format!("; {} on {} only", only.value, only.hooks.join(", ")),
+        None => String::new(),
+    };
+    format!("{presence}: {}{limit}{only}{element}", field.words())
 }
 
 /// Chain-file objects that use the policy: by its parameters, and by a set's keys.

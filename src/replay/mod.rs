@@ -22,7 +22,7 @@ use crate::error::{Invalid, did_you_mean};
 use crate::hook::{Family, Hook};
 use crate::plan::{self, Graph, Node, Successor};
 use crate::policy::{Kind, Registry};
-use crate::spec::{Chain, Mode, Spec};
+use crate::spec::{Chain, Checksum, Mode, Spec};
 
 use capture::{Reader, Writer};
 use veth::VethCarrier;
@@ -125,6 +125,14 @@ pub struct Runner {
     carrier: Option<Carrier>,
 }
 
+/// What a chain asks for where it attaches to a hook.
+fn checksum_at(chain: &Chain, hook: Hook) -> Checksum {
+    let mut attach = chain.attach.iter().filter(|attach| attach.hook == hook);
+    attach
+        .next()
+        .map_or(Checksum::Auto, |attach| attach.checksum)
+}
+
 /// Length of an Ethernet header, in bytes.
 const ETHERNET_HEADER: usize = 14;
 
@@ -148,7 +156,7 @@ impl Carrier {
             Hook::TcIngress | Hook::TcEgress => Mode::Auto,
         };
         let (hold, _) =
-            veth.in_namespace(|| place.attach(&generation.entry, mode, || Ok(())))??;
+            veth.in_namespace(|| place.attach(&generation.entry, mode, |_| Ok(())))??;
         Ok(Carrier { veth, _hold: hold })
     }
 }
@@ -175,6 +183,10 @@ impl Runner {
             .zip(1u32..)
             .collect();
         let graph = plan::plan(hook, &[main], &subs, &ids, registry)?;
+        let flows = match graph.learns {
+            true => Some(generation::create_flows()?),
+            false => None,
+        };
         let mut sets = BTreeMap::new();
         for (name, set) in &spec.sets {
             sets.insert(
@@ -193,6 +205,8 @@ impl Runner {
             registry,
             names: &names,
             sets: &sets,
+            checksum: checksum_at(main, hook),
+            flows: flows.as_ref(),
         };
         let generation = generation::load(&graph, &environment)?;
         let before = counters::read(&generation.counters)?;

@@ -5,7 +5,8 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    Action, Attach, Chain, Keys, Mode, OnError, Op, Selector, SetSpec, Spec, Then, VERSION,
+    Action, Attach, Chain, Checksum, Keys, Mode, OnError, Op, Selector, SetSpec, Spec, Then,
+    VERSION,
 };
 
 impl Spec {
@@ -70,6 +71,9 @@ fn attach(attach: &Attach) -> Value {
     object.insert("hook".into(), attach.hook.name().into());
     if attach.mode != Mode::Auto {
         object.insert("mode".into(), attach.mode.name().into());
+    }
+    if attach.checksum != Checksum::Auto {
+        object.insert("checksum".into(), attach.checksum.name().into());
     }
     object.into()
 }

@@ -79,6 +79,21 @@ pub struct Attach {
     pub hook: Hook,
     /// One that the hook has.
     pub mode: Mode,
+    /// [`Checksum::Auto`] on TC.
+    pub checksum: Checksum,
+}
+
+/// How far the TCP checksums of packets at an XDP hook are done. TC programs are told by the
+/// kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Checksum {
+    /// Found out per packet.
+    #[default]
+    Auto,
+    /// The field holds the checksum.
+    Complete,
+    /// The field holds the sum of the pseudo-header; a device adds the rest.
+    Partial,
 }
 
 /// How a program is attached to a hook.
@@ -252,6 +267,36 @@ impl Mode {
     }
 }
 
+impl Checksum {
+    /// `auto` first.
+    pub const ALL: [Checksum; 3] = [Checksum::Auto, Checksum::Complete, Checksum::Partial];
+
+    /// As in chain files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Checksum::Auto => "auto",
+            Checksum::Complete => "complete",
+            Checksum::Partial => "partial",
+        }
+    }
+
+    /// What chains ask for at a hook of a device; the last that asks counts.
+    pub fn asked<'a>(
+        chains: impl IntoIterator<Item = &'a Chain>,
+        device: &str,
+        hook: Hook,
+    ) -> Checksum {
+        chains
+            .into_iter()
+            .flat_map(|chain| &chain.attach)
+            .filter(|attach| attach.device == device && attach.hook == hook)
+            .map(|attach| attach.checksum)
+            .filter(|checksum| *checksum != Checksum::Auto)
+            .last()
+            .unwrap_or_default()
+    }
+}
+
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
@@ -410,7 +455,6 @@ impl Spec {
     /// Checks what chains of different files can get wrong about each other.
     fn check_together(&self) -> Result<(), Invalid> {
         let mut names: BTreeMap<&str, &Chain> = BTreeMap::new();
-        let mut modes: BTreeMap<(&str, Hook), (Mode, &Chain)> = BTreeMap::new();
         for chain in &self.chains {
             if let Some(other) = names.insert(&chain.name, chain) {
                 return Err(chain
@@ -422,25 +466,42 @@ impl Spec {
                     )
                     .advice("rename or remove one of the two"));
             }
+        }
+        self.check_agreement("mode", |attach| {
+            (attach.mode != Mode::Auto).then(|| attach.mode.name())
+        })?;
+        self.check_agreement("checksum", |attach| {
+            (attach.checksum != Checksum::Auto).then(|| attach.checksum.name())
+        })
+    }
+
+    /// Checks that chains at one hook of a device ask for the same, if they ask at all.
+    fn check_agreement(
+        &self,
+        key: &str,
+        asked: impl Fn(&Attach) -> Option<&'static str>,
+    ) -> Result<(), Invalid> {
+        let mut before: BTreeMap<(&str, Hook), (&str, &Chain)> = BTreeMap::new();
+        for chain in &self.chains {
             for (at, attach) in chain.attach.iter().enumerate() {
-                if attach.mode == Mode::Auto {
+                let Some(value) = asked(attach) else {
                     continue;
-                }
+                };
                 let place = (attach.device.as_str(), attach.hook);
-                let (mode, other) = *modes.entry(place).or_insert((attach.mode, chain));
-                if mode != attach.mode {
+                let (first, other) = *before.entry(place).or_insert((value, chain));
+                if first != value {
                     return Err(chain
                         .origin
                         .invalid(
-                            &format!(".attach[{at}].mode"),
-                            format_args!("\"{}\"", attach.mode),
+                            &format!(".attach[{at}].{key}"),
+                            format_args!("\"{value}\""),
                             format_args!(
-                                "\"{mode}\" as in chain \"{}\" ({}), or \"auto\"",
+                                "\"{first}\" as in chain \"{}\" ({}), or \"auto\"",
                                 other.name, other.origin
                             ),
                         )
                         .advice(format_args!(
-                            "all chains on {} of {} run in one mode: give them the same",
+                            "all chains on {} of {} have one {key}: give them the same",
                             attach.hook, attach.device
                         )));
                 }

@@ -11,18 +11,18 @@ use serde_json::{Map, Value};
 use super::json::{member, quote, show};
 use super::names::{Permissive, is_device_name, is_name};
 use super::{
-    Action, Attach, Chain, Keys, Mode, OnError, Op, Origin, Reference, SET_SIZE_MAX, Selector,
-    SetSpec, Spec, Then, VERSION,
+    Action, Attach, Chain, Checksum, Keys, Mode, OnError, Op, Origin, Reference, SET_SIZE_MAX,
+    Selector, SetSpec, Spec, Then, VERSION,
 };
 use crate::error::{Invalid, did_you_mean};
-use crate::hook::Hook;
+use crate::hook::{Family, Hook};
 use crate::policy::{Description, ElementParam, Layout, Packed, Policy, Registry};
 
 pub(super) const SPEC_KEYS: [&str; 4] = ["$schema", "version", "sets", "chains"];
 pub(super) const SET_KEYS: [&str; 2] = ["kind", "size"];
 pub(super) const CHAIN_KEYS: [&str; 6] =
     ["name", "attach", "priority", "selectors", "actions", "then"];
-pub(super) const ATTACH_KEYS: [&str; 3] = ["device", "hook", "mode"];
+pub(super) const ATTACH_KEYS: [&str; 4] = ["device", "hook", "mode", "checksum"];
 /// Keys of a selector that are not its policy's parameters.
 pub(super) const SELECTOR_KEYS: [&str; 5] = ["selector", "op", "not", "set", "keys"];
 /// Keys of an action that are not its policy's parameters.
@@ -649,11 +649,26 @@ fn attachment(object: &Object) -> Result<Attach, Invalid> {
         Some(mode) => mode_of(&mode, hook)?,
         None => Mode::Auto,
     };
+    let checksum = match object.get("checksum") {
+        Some(checksum) => checksum_of(&checksum, hook)?,
+        None => Checksum::Auto,
+    };
     Ok(Attach {
         device: name.to_owned(),
         hook,
         mode,
+        checksum,
     })
+}
+
+fn checksum_of(at: &At, hook: Hook) -> Result<Checksum, Invalid> {
+    let checksum = at.word(&Checksum::ALL, Checksum::name)?;
+    if hook.family() == Family::Tc && checksum != Checksum::Auto {
+        return Err(at
+            .invalid("\"auto\" on a TC hook")
+            .advice("leave it out: the kernel tells TC programs how far each checksum is done"));
+    }
+    Ok(checksum)
 }
 
 fn mode_of(at: &At, hook: Hook) -> Result<Mode, Invalid> {

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::names::NAME_MAX;
 use super::parse::{PRIORITY_MAX, PRIORITY_MIN};
-use super::{Mode, OnError, SET_SIZE_MAX, VERSION};
+use super::{Checksum, Mode, OnError, SET_SIZE_MAX, VERSION};
 use crate::hook::Hook;
 use crate::policy::{Layout, Policy, Registry};
 
@@ -132,6 +132,10 @@ fn chain() -> Value {
 fn attach() -> Value {
     let place = |hooks: &[Hook]| {
         let modes = hooks.first().map_or(&[][..], |hook| Mode::of(*hook));
+        let checksums = match hooks {
+            [Hook::Xdp] => &Checksum::ALL[..],
+            _ => &[Checksum::Auto],
+        };
         json!({
             "type": "object",
             "required": ["device", "hook"],
@@ -142,6 +146,11 @@ fn attach() -> Value {
                 "mode": {
                     "enum": modes.iter().map(|m| m.name()).collect::<Vec<_>>(),
                     "default": Mode::Auto.name()
+                },
+                "checksum": {
+                    "enum": checksums.iter().map(|c| c.name()).collect::<Vec<_>>(),
+                    "default": Checksum::Auto.name(),
+                    "description": "how far the TCP checksums of packets are done on arrival"
                 }
             }
         })

@@ -10,7 +10,7 @@ use policy_chain::engine::sys;
 use policy_chain::hook::{Family, Hook};
 use policy_chain::plan;
 use policy_chain::policy::Registry;
-use policy_chain::spec::{Chain, Spec};
+use policy_chain::spec::{Chain, Checksum, Spec};
 use serde_json::{Value, json};
 
 use crate::frames::*;
@@ -37,6 +37,8 @@ fn attach(chains: &Value, hook: Hook, no_link: bool) -> Generation {
             any_device: true,
         },
         sets: &BTreeMap::new(),
+        checksum: Checksum::Auto,
+        flows: None,
     };
     generation::load(&graph, &environment).unwrap()
 }

@@ -286,7 +286,7 @@ fn exact_fit_refused_on_one_hook() {
         .collect();
     let action = json!({ "action": "insert_option", "kind": 30, "data": data, "again": true });
     let before = [&[1, 1][..], &timestamps, &dss].concat();
-    let after = words(&[&timestamps, &dss, &inserted]);
+    let after = [&before[..], &inserted].concat();
     assert_eq!((before.len(), after.len()), (24, 40));
     let mut rows: Vec<Row> = both()
         .map(|(version, frame)| {

@@ -80,6 +80,32 @@ fn everywhere(what: &str, before: &[u8], after: &[u8], flags: u16) -> Vec<Row> {
     )
 }
 
+/// Those that cannot grow: what is inserted has to stand in the place of NOPs.
+fn loaded() -> Vec<(&'static str, Frame)> {
+    let mut bases = bases();
+    bases.retain(|(_, frame)| !frame.payload.is_empty());
+    bases
+}
+
+/// The same insertion in every packet that cannot grow.
+fn in_place(what: &str, before: &[u8], after: &[u8], flags: u16) -> Vec<Row> {
+    let fragment = v4().fragment(MORE_FRAGMENTS).payload(&[7; 24]);
+    let bare_fragment = v4().fragment(MORE_FRAGMENTS);
+    let fragments = [
+        ("first fragment", fragment),
+        ("first fragment, header only", bare_fragment),
+    ];
+    changes(
+        what,
+        before,
+        after,
+        loaded()
+            .into_iter()
+            .chain(fragments)
+            .map(|(base, frame)| (base, frame.flags(flags))),
+    )
+}
+
 /// As XDP gets packets from a veth: the checksum is a seed, and stays one.
 fn seeds(what: &str, before: &[u8], after: &[u8], flags: u16) -> Vec<Row> {
     let seeded =
@@ -284,6 +310,165 @@ fn strip_several_and_at_any_offset() {
     );
 }
 
+fn remove() -> serde_json::Value {
+    json!({ "action": "strip_option", "kind": "mptcp", "subtype": "add_addr", "mode": "remove" })
+}
+
+/// Option spaces before and after ADD_ADDR is taken out.
+fn removals() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
+    let add_addr = |length| option(MPTCP, length, ADD_ADDR);
+    let dss = option(MPTCP, 12, DSS);
+    let timestamps = [&[1, 1][..], &option(TIMESTAMPS, 10, 1)].concat();
+    vec![
+        ("the only one", add_addr(8), vec![]),
+        (
+            "behind others",
+            [&timestamps[..], &dss, &add_addr(16)].concat(),
+            [&timestamps[..], &dss].concat(),
+        ),
+        (
+            "before others",
+            [&add_addr(8)[..], &timestamps].concat(),
+            timestamps.clone(),
+        ),
+        (
+            "several",
+            [&add_addr(8)[..], &timestamps, &add_addr(16)].concat(),
+            timestamps.clone(),
+        ),
+        ("all 40 bytes", add_addr(40), vec![]),
+        (
+            "an odd offset",
+            words(&[&[3, 3, 7], &add_addr(8)]),
+            words(&[&[3, 3, 7]]),
+        ),
+        (
+            "NOPs stay but at the end",
+            [&[1, 3, 3, 7][..], &add_addr(8), &nops(4)].concat(),
+            vec![1, 3, 3, 7],
+        ),
+        (
+            "what EOL ends goes too",
+            [&[3, 3, 7][..], &add_addr(8), &[0, 9, 9, 9, 9]].concat(),
+            words(&[&[3, 3, 7]]),
+        ),
+        (
+            "too short to shrink",
+            words(&[&[MPTCP, 3, ADD_ADDR]]),
+            vec![],
+        ),
+        (
+            "less than a word",
+            words(&[&[MPTCP, 3, ADD_ADDR], &[3, 3, 7]]),
+            words(&[&[3, 3, 7], &[1]]),
+        ),
+    ]
+}
+
+#[test]
+fn remove_shrinks_the_header() {
+    let chain = file(json!({ "actions": [remove()] }));
+    let mut rows = Vec::new();
+    for (what, before, after) in removals() {
+        // a frame keeps the length of the shortest, with what stood there
+        let unpadded = |(_, frame): &(&str, Frame)| {
+            frame.trailer.is_empty() && frame.clone().options(&after).build().len() >= ETHERNET_MIN
+        };
+        let loaded = bases().into_iter().filter(unpadded);
+        rows.extend(changes(what, &before, &after, loaded));
+    }
+    for length in [3900, 9001, 60001] {
+        let payload: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
+        for (version, frame) in both() {
+            rows.push(gives(
+                format!("{length} bytes, {version}"),
+                &frame
+                    .clone()
+                    .options(&option(MPTCP, 8, ADD_ADDR))
+                    .payload(&payload),
+                &frame.payload(&payload),
+            ));
+        }
+    }
+    act_in(chain, &[Hook::Xdp], &rows);
+}
+
+/// A device completes a partial checksum where the header stood, so the header must not move; that
+/// of a segment without payload does not.
+#[test]
+fn remove_from_a_seed() {
+    let chain = file(json!({ "actions": [remove()] }));
+    let mut rows = Vec::new();
+    for (what, before, after) in removals() {
+        for (base, frame) in [
+            ("IPv6", v6()),
+            ("extension header", v6().extension(DESTINATION, &[0; 8])),
+        ] {
+            let frame = frame.check(Check::Seed);
+            rows.extend(changes(
+                what,
+                &before,
+                &after,
+                [(base, frame.clone())].into_iter(),
+            ));
+            let loaded = frame.payload(b"data").options(&before);
+            if before.len() > after.len() {
+                rows.push(leaves(what, &loaded, "checksum_partial"));
+            }
+        }
+    }
+    act_in(chain, &[Hook::Xdp], &rows);
+}
+
+#[test]
+fn remove_keeps_a_frame_from_being_too_short() {
+    let add_addr = option(MPTCP, 16, ADD_ADDR);
+    let chain = file(json!({ "actions": [remove()] }));
+    // 70 bytes become 54, so the last 6 stay as they are: the end of the option
+    let mut short = v4();
+    short.trailer = add_addr[..6].to_vec();
+    let mut padded = v4().options(&option(MPTCP, 4, ADD_ADDR)).padded();
+    padded.trailer = vec![0xee; 2];
+    let mut shrunk = v4();
+    shrunk.trailer = [&option(MPTCP, 4, ADD_ADDR)[..], &[0xee; 2]].concat();
+    let mut long = v6().options(&add_addr);
+    long.trailer = vec![0xee; 9];
+    let rows = [
+        gives("no padding", &v4().options(&add_addr), &short),
+        gives("padding", &padded, &shrunk),
+        gives("a trailer that is no padding", &long, &v6()),
+    ];
+    act_in(chain, &[Hook::Xdp], &rows);
+}
+
+#[test]
+fn remove_gives_up() {
+    let add_addr = option(MPTCP, 8, ADD_ADDR);
+    let rows = [
+        leaves("absent", &v4(), "option_absent"),
+        leaves(
+            "malformed",
+            &v4().options(&[&add_addr[..], &[3, 1, 1, 1]].concat()),
+            "bad_option",
+        ),
+        leaves(
+            "first fragment",
+            &v4()
+                .options(&add_addr)
+                .fragment(MORE_FRAGMENTS)
+                .payload(&[7; 24]),
+            "fragment",
+        ),
+        leaves(
+            "later fragment",
+            &v4().options(&add_addr).fragment(3),
+            "fragment",
+        ),
+        leaves("UDP", &v4().protocol(UDP), "not_tcp"),
+    ];
+    act_in(file(json!({ "actions": [remove()] })), &[Hook::Xdp], &rows);
+}
+
 /// 253 is for experiments (RFC 4727).
 const INSERT: &[u8] = &[253, 4, 0xaa, 0xbb];
 
@@ -301,7 +486,7 @@ fn insertions() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
         (
             "NOPs before timestamps",
             [&[1, 1][..], &timestamps].concat(),
-            words(&[&timestamps, INSERT]),
+            [&[1, 1][..], &timestamps, INSERT].concat(),
         ),
         (
             "timestamps and DSS",
@@ -309,6 +494,11 @@ fn insertions() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
             words(&[&timestamps, &dss, INSERT]),
         ),
         ("an odd end", words(&[&scale]), words(&[&scale, INSERT])),
+        (
+            "NOPs go where 40 bytes do not suffice",
+            [&nops(4)[..], &option(MPTCP, 36, DSS)].concat(),
+            words(&[&option(MPTCP, 36, DSS), INSERT]),
+        ),
         (
             "exact fit",
             words(&[&option(MPTCP, 36, DSS)]),
@@ -375,20 +565,20 @@ fn insert_grows_a_seed() {
 fn insert_in_place_of_nops() {
     let timestamps = option(TIMESTAMPS, 10, 1);
     let dss = option(MPTCP, 18, DSS);
-    let mut rows = everywhere(
+    let mut rows = in_place(
         "NOPs around",
         &[&[1, 1][..], &timestamps, &[1, 1], &dss].concat(),
         &words(&[&timestamps, &dss, INSERT]),
         ACK,
     );
-    rows.extend(everywhere(
+    rows.extend(in_place(
         "all NOPs",
         &nops(12),
         &words(&[INSERT, &nops(8)]),
         ACK,
     ));
-    rows.extend(everywhere("just enough", &nops(4), INSERT, PSH | ACK));
-    rows.extend(everywhere(
+    rows.extend(in_place("just enough", &nops(4), INSERT, PSH | ACK));
+    rows.extend(in_place(
         "in place of EOL",
         &[&timestamps[..], &[0, 0, 0, 0, 0, 0]].concat(),
         &words(&[&timestamps, INSERT]),
@@ -441,7 +631,10 @@ fn insert_in_place_of_nops() {
     rows.push(leaves("later fragment", &v4().fragment(9), "fragment"));
     rows.push(leaves("UDP", &v6().protocol(UDP), "not_tcp"));
     act(insert(), &rows);
-    let seeded = seeds("NOPs", &nops(8), &words(&[INSERT, &nops(4)]), ACK);
+    let seeded = loaded()
+        .into_iter()
+        .map(|(base, frame)| (base, frame.check(Check::Seed)));
+    let seeded = changes("NOPs", &nops(8), &words(&[INSERT, &nops(4)]), seeded);
     act_in(
         file(json!({ "actions": [insert()] })),
         &[Hook::Xdp],
@@ -492,8 +685,10 @@ fn insert_of_other_lengths() {
             gives("odd length", &v4(), &v4().options(&[253, 3, 7, 1])),
             gives(
                 "odd offset",
-                &v4().options(&[3, 3, 7, 1]),
-                &v4().options(&words(&[&[3, 3, 7], &[253, 3, 7]])),
+                &v4().options(&[3, 3, 7, 1, 1, 1, 1, 1]).payload(b"x"),
+                &v4()
+                    .options(&words(&[&[3, 3, 7], &[253, 3, 7], &[1, 1]]))
+                    .payload(b"x"),
             ),
         ],
     );

@@ -64,9 +64,16 @@ pub(super) struct Target {
     pub(super) place: Place,
     pub(super) mode: Mode,
     pub(super) chains: Vec<Chain>,
+    /// Its handshakes are remembered for this or another hook of the device.
+    pub(super) learns: bool,
 }
 
 impl Target {
+    /// Whether anything is left to run.
+    pub(super) fn is_empty(&self) -> bool {
+        self.chains.is_empty() && !self.learns
+    }
+
     /// Where a chain file asks for it, if one does.
     pub(super) fn asked_by(&self) -> Option<String> {
         self.chains.iter().find_map(|chain| {
@@ -106,6 +113,7 @@ impl Desired {
                     place: attachment.place.clone(),
                     mode: attachment.record.mode,
                     chains: kept(&attachment.record.chains),
+                    learns: false,
                 })
                 .collect(),
         }
@@ -242,6 +250,7 @@ impl Desired {
                 place,
                 mode: attach.mode,
                 chains: vec![chain.clone()],
+                learns: false,
             }),
         }
         Ok(())

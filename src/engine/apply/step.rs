@@ -50,6 +50,7 @@ impl Step {
                 place: old.place.clone(),
                 mode: old.record.mode,
                 chains: Vec::new(),
+                learns: false,
             },
             mode: old.record.mode,
             change: Change::Remove,
@@ -86,6 +87,7 @@ impl Step {
         let keep = self.old.as_ref().filter(|old| self.mode == old.record.mode);
         if let Some(old) = keep {
             let record = record(old.record.mode, old.record.qdisc_is_ours);
+            generation.set_mode(self.mode)?;
             store.pin_generation(&folder, number, generation, &record)?;
             place.switch(&old.hold, &generation.entry)?;
             self.done = Some(Done::Switched);
@@ -97,9 +99,13 @@ impl Step {
             unpin_link(&folder)?;
         }
         let entry = generation.entry.try_clone()?;
-        let attached = place.attach(&entry, self.target.mode, || {
-            let record = record(Mode::Clsact, our_qdiscs.contains(&place.ifindex));
-            store.pin_generation(&folder, number, generation, &record)
+        let attached = place.attach(&entry, self.target.mode, |mode| {
+            generation.set_mode(mode)?;
+            if mode == Mode::Clsact {
+                let record = record(mode, our_qdiscs.contains(&place.ifindex));
+                store.pin_generation(&folder, number, generation, &record)?;
+            }
+            Ok(())
         });
         let (hold, mode) = match self.target.asked_by() {
             Some(origin) => attached.context(origin)?,
@@ -165,7 +171,7 @@ impl Step {
 
 /// Attaches what ran before in its old mode.
 fn reattach(old: &Attachment, entry: &OwnedFd, folder: &Path) -> Result<()> {
-    let (hold, _) = old.place.attach(entry, old.record.mode, || Ok(()))?;
+    let (hold, _) = old.place.attach(entry, old.record.mode, |_| Ok(()))?;
     hold.pin(&folder.join("link"))
 }
 

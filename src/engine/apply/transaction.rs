@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A change of everything at once: planned, loaded and tried, then committed or taken back.
 
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::collections::hash_map::DefaultHasher;
-use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 use std::os::fd::OwnedFd;
 
@@ -21,7 +22,7 @@ use crate::hook::{Family, Hook};
 use crate::netns;
 use crate::plan::{self, Graph};
 use crate::policy::Registry;
-use crate::spec::{Chain, Keys, Mode};
+use crate::spec::{Chain, Checksum, Keys, Mode};
 
 /// A change from what runs to what shall run.
 pub(super) struct Transaction<'a> {
@@ -90,20 +91,78 @@ impl<'a> Transaction<'a> {
             .map(|chain| (chain.name.clone(), chain))
             .collect();
         let mut steps = Vec::new();
-        for target in targets {
+        for target in self.add_learners(targets, &subs)? {
             let same = |old: &Attachment| {
                 (old.place.ifindex, old.place.hook) == (target.place.ifindex, target.place.hook)
             };
             let old = attachments.iter().position(same);
             let old = old.map(|at| attachments.remove(at));
             steps.push(match old {
-                Some(old) if target.chains.is_empty() => Step::remove(old),
+                Some(old) if target.is_empty() => Step::remove(old),
                 old => self.step(target, old, &subs)?,
             });
         }
         steps.extend(attachments.into_iter().map(Step::remove));
         self.steps = steps;
         Ok(())
+    }
+
+    /// Adds what a policy needs that looks up connections: learners at its hook, and at one for the
+    /// other direction, where the other half of each handshake passes.
+    fn add_learners(
+        &self,
+        mut targets: Vec<Target>,
+        subs: &BTreeMap<String, &Chain>,
+    ) -> Result<Vec<Target>> {
+        let mut missing = Vec::new();
+        for target in &targets {
+            if self.graph(target, subs)?.reads_flows {
+                missing.push(target.place.clone());
+            }
+        }
+        for place in missing {
+            // In the order of preference: what XDP lets pass, TC sees too.
+            let hooks: &[Hook] = match place.hook.is_ingress() {
+                true => &[Hook::TcEgress],
+                false => &[Hook::TcIngress, Hook::Xdp],
+            };
+            let runs = |target: &Target, hook| {
+                (target.place.ifindex, target.place.hook) == (place.ifindex, hook)
+                    && !target.chains.is_empty()
+            };
+            let hook = hooks
+                .iter()
+                .find(|hook| targets.iter().any(|target| runs(target, **hook)))
+                .unwrap_or(&hooks[0]);
+            let same = |target: &&mut Target| {
+                (target.place.ifindex, target.place.hook) == (place.ifindex, *hook)
+            };
+            match targets.iter_mut().find(same) {
+                Some(target) => target.learns = true,
+                None => targets.push(Target {
+                    place: Place::find(&place.device, *hook)?,
+                    mode: Mode::Auto,
+                    chains: Vec::new(),
+                    learns: true,
+                }),
+            }
+        }
+        Ok(targets)
+    }
+
+    fn graph(&self, target: &Target, subs: &BTreeMap<String, &Chain>) -> Result<Graph> {
+        let chains: Vec<&Chain> = target.chains.iter().collect();
+        let graph = plan::plan(
+            target.place.hook,
+            &chains,
+            subs,
+            &self.desired.ids,
+            self.store.registry(),
+        )?;
+        match target.learns {
+            true => Ok(graph.with_learner()?),
+            false => Ok(graph),
+        }
     }
 
     /// From what runs at a hook, if anything does, to what shall run there.
@@ -117,14 +176,7 @@ impl<'a> Transaction<'a> {
             // A record does not tell the link layer.
             target.place = Place::find(&target.place.device, target.place.hook)?;
         }
-        let chains: Vec<&Chain> = target.chains.iter().collect();
-        let graph = plan::plan(
-            target.place.hook,
-            &chains,
-            subs,
-            &self.desired.ids,
-            self.store.registry(),
-        )?;
+        let graph = self.graph(&target, subs)?;
         let carrier = self
             .options
             .carrier
@@ -194,6 +246,7 @@ impl<'a> Transaction<'a> {
         Ok(json!({
             "program": self.program,
             "carrier": carrier.name(),
+            "learns": graph.learns,
             "chains": attached,
             "subs": subs,
             "ids": ids,
@@ -207,8 +260,9 @@ impl<'a> Transaction<'a> {
         let changing = steps.iter().filter(|step| changes(step));
         let all = changing.map(|step| step.graph.nodes.len()).sum();
         let mut loaded = 0;
+        let flows = flows(&steps)?;
         for step in steps.iter_mut().filter(|step| changes(step)) {
-            step.new = Some(self.load_one(step)?);
+            step.new = Some(self.load_one(step, flows.get(&step.target.place.ifindex))?);
             loaded += step.graph.nodes.len();
             if let Some(progress) = self.options.progress {
                 progress(loaded, all);
@@ -218,22 +272,25 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    fn load_one(&self, step: &Step) -> Result<Generation> {
+    fn load_one(&self, step: &Step, flows: Option<&OwnedFd>) -> Result<Generation> {
         let sets = self.sets(&step.graph)?;
+        let place = &step.target.place;
         let names = SystemNames {
             chains: &self.desired.ids,
             any_device: false,
         };
         let environment = Environment {
-            hook: step.target.place.hook,
-            no_link: step.target.place.no_link,
+            hook: place.hook,
+            no_link: place.no_link,
             carrier: step.carrier,
             registry: self.store.registry(),
             names: &names,
             sets: &sets,
+            checksum: Checksum::asked(&step.target.chains, &place.device, place.hook),
+            flows: flows.filter(|_| step.graph.learns),
         };
         let generation = generation::load(&step.graph, &environment)?;
-        try_out(&generation, step.target.place.hook)?;
+        try_out(&generation, place.hook)?;
         generation.zero_counters()?;
         Ok(generation)
     }
@@ -363,6 +420,23 @@ impl<'a> Transaction<'a> {
     }
 }
 
+/// The maps of connections of the devices that learn, by interface index: all hooks of a device
+/// share one, and a change carries it over.
+fn flows(steps: &[Step]) -> Result<BTreeMap<u32, OwnedFd>> {
+    let mut flows = BTreeMap::new();
+    for old in steps.iter().filter_map(|step| step.old.as_ref()) {
+        if let Some(known) = old.flows()? {
+            flows.insert(old.place.ifindex, known);
+        }
+    }
+    for step in steps.iter().filter(|step| step.graph.learns) {
+        if let Entry::Vacant(missing) = flows.entry(step.target.place.ifindex) {
+            missing.insert(generation::create_flows()?);
+        }
+    }
+    Ok(flows)
+}
+
 /// The carrier that was asked for when an attachment was made.
 fn carrier_of(old: Option<&Attachment>) -> CarrierChoice {
     match old {
@@ -409,7 +483,7 @@ fn map_name(set: &str) -> String {
 /// Tells one build of the policies from another.
 fn program_hash(registry: &Registry) -> String {
     let mut hasher = DefaultHasher::new();
-    for policy in registry.policies() {
+    for policy in registry.policies().iter().chain(registry.learner()) {
         for family in [Family::Xdp, Family::Tc] {
             policy.object(family).hash(&mut hasher);
         }
