@@ -88,7 +88,7 @@ impl Capture {
             .collect()
     }
 
-    /// All frames received so far, as they are.
+    /// All frames received and sent so far, as they are.
     pub fn frames(&mut self) -> &[Vec<u8>] {
         self.drain();
         &self.frames
@@ -118,8 +118,8 @@ impl Capture {
             };
             if from.sll_pkttype != libc::PACKET_OUTGOING {
                 self.segments.extend(parse(&buffer[..length]));
-                self.frames.push(buffer[..length].to_vec());
             }
+            self.frames.push(buffer[..length].to_vec());
         }
         assert_eq!(self.dropped(), 0, "frames lost by the capture");
     }

@@ -87,8 +87,9 @@ fn valid(noise: &mut Noise) -> Frame {
     frame.options = valid_options(noise);
     frame.flags = noise.choose(&[ACK, ACK, PSH | ACK, SYN, SYN | ACK, FIN | ACK, RST]);
     frame.window = noise.next_number() as u16;
-    frame.src_port = noise.next_number() as u16;
-    frame.dst_port = noise.next_number() as u16;
+    // Few, so that segments belong together.
+    frame.src_port = noise.choose(&[1000, 1001]);
+    frame.dst_port = noise.choose(&[2000, 2001]);
     let payload = noise.below(60);
     frame.payload = noise.bytes(payload);
     if noise.one_in(3) {

@@ -176,12 +176,15 @@ fn mptcp_socket(address: &SocketAddr) -> OwnedFd {
 }
 
 /// Sends within [`TIMEOUT`]: a transfer that goes on, one retransmission after the other, is none.
-fn send(mut from: &TcpStream, mut to: &TcpStream, length: usize) {
+fn send(from: &TcpStream, mut to: &TcpStream, length: usize) {
     let content = Noise::new(length as u64).bytes(length);
     let mut seen: Vec<u8> = Vec::with_capacity(length);
     let limit = Instant::now() + TIMEOUT;
     thread::scope(|scope| {
-        let writer = scope.spawn(|| from.write_all(&content));
+        // `&TcpStream` reads and writes.
+        let mut end = from;
+        let content = &content;
+        let writer = scope.spawn(move || end.write_all(content));
         let mut chunk = vec![0; CHUNK];
         while seen.len() < length {
             match to.read(&mut chunk) {

@@ -33,10 +33,12 @@ fn actions(hook: Hook) -> Value {
         json!({ "action": "strip_option", "kind": "mptcp", "subtype": "add_addr" }),
         json!({ "action": "set_mss", "bytes": 1000 }),
         json!({ "action": "insert_option", "kind": 253, "data": "c0ffee01" }),
+        json!({ "action": "set_window", "bytes": 100_000 }),
         json!({ "action": "set_window", "raw": true, "bytes": 60 }),
     ];
     if hook == Hook::Xdp {
-        // What shrinks packets, here.
+        actions.push(json!({ "action": "strip_option", "kind": "sack", "mode": "remove" }));
+        actions.push(json!({ "action": "strip_option", "kind": 253, "mode": "remove" }));
     }
     actions.push(json!({ "action": "count" }));
     actions.into()

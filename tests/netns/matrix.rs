@@ -25,6 +25,8 @@ const LENGTH: usize = 1 << 20;
 const CUT_OFF: u16 = PORT + 1;
 /// Less than receive buffers hold with any scale, so that a sender that heeds it overruns none.
 const WINDOW_FIELD: u16 = 60;
+/// The same, of the window itself.
+const WINDOW: u32 = 40_000;
 const MSS: u16 = 1000;
 
 /// Where the chains of a test run, always on both of the router's devices of path 1.
@@ -137,7 +139,7 @@ impl Row {
 fn rows(place: Place) -> Vec<Row> {
     let insert = json!({ "action": "insert_option", "kind": 253, "data": "c0ffee01" });
     let strip = json!({ "action": "strip_option", "kind": "timestamps" });
-    let rows = vec![
+    let mut rows = vec![
         Row::all("count", place, json!([{ "action": "count" }])),
         Row::all("pass", place, json!([{ "action": "pass" }])),
         Row::all(
@@ -158,6 +160,18 @@ fn rows(place: Place) -> Vec<Row> {
             json!([{ "action": "set_window", "raw": true, "bytes": WINDOW_FIELD }]),
         )
         .effect(has_window_field),
+        Row::established(
+            "window",
+            place,
+            json!([{ "action": "set_window", "bytes": WINDOW }]),
+        )
+        .effect(has_window),
+        Row::established(
+            "window_max",
+            place,
+            json!([{ "action": "set_window", "bytes": WINDOW, "max": true }]),
+        )
+        .effect(has_window_at_most),
         Row::all(
             "mss_clamp",
             place,
@@ -176,6 +190,10 @@ fn rows(place: Place) -> Vec<Row> {
         Row::all("insert_growing", place, json!([insert])),
         redirect(place),
     ];
+    if place.hook == Hook::Xdp {
+        let remove = json!({ "action": "strip_option", "kind": "timestamps", "mode": "remove" });
+        rows.push(Row::established("strip_remove", place, json!([remove])));
+    }
     rows
 }
 
@@ -227,6 +245,24 @@ fn has_window_field(connection: &Connection) {
         let info = tcp_info(end);
         let field = info.send_window >> info.send_scale;
         assert_eq!(field, u32::from(WINDOW_FIELD), "the peer's window");
+    }
+}
+
+fn has_window(connection: &Connection) {
+    for end in [&connection.client, &connection.server] {
+        let info = tcp_info(end);
+        let window = WINDOW >> info.send_scale << info.send_scale;
+        assert_eq!(info.send_window, window, "the peer's window");
+    }
+}
+
+fn has_window_at_most(connection: &Connection) {
+    for end in [&connection.client, &connection.server] {
+        let window = tcp_info(end).send_window;
+        assert!(
+            (1..=WINDOW).contains(&window),
+            "the peer's window: {window}"
+        );
     }
 }
 

@@ -60,6 +60,9 @@ fn trials() -> Vec<Trial> {
     let insert = |data: &str| json!({ "action": "insert_option", "kind": 253, "data": data });
     let mss = |mode: &str| json!({ "action": "set_mss", "bytes": 1000, "mode": mode });
     let window = json!({ "action": "set_window", "raw": true, "bytes": 60 });
+    let bytes = json!({ "action": "set_window", "bytes": 40_000 });
+    let max = json!({ "action": "set_window", "bytes": 40_000, "max": true });
+    let remove = |kind: &str| json!([{ "action": "strip_option", "kind": kind, "mode": "remove" }]);
     let again = json!({ "action": "insert_option", "kind": 254, "data": "ab", "again": true });
     let add_addr = json!({ "action": "strip_option", "kind": "mptcp", "subtype": "add_addr" });
     let macs = json!({
@@ -87,6 +90,8 @@ fn trials() -> Vec<Trial> {
             json!([{ "action": "goto", "chain": "goal" }]),
         ),
         trial("window-field", Change::Tcp, json!([window])),
+        trial("window", Change::Tcp, json!([bytes])),
+        trial("window-max", Change::Tcp, json!([max])),
         trial("mss-clamp", Change::Tcp, json!([mss("clamp")])),
         trial("mss-set", Change::Tcp, json!([mss("set")])),
         trial(
@@ -96,6 +101,8 @@ fn trials() -> Vec<Trial> {
         ),
         trial("strip-mptcp", Change::Tcp, json!([strip("mptcp")])),
         trial("strip-add-addr", Change::Tcp, json!([add_addr])),
+        trial("remove-timestamps", Change::Tcp, remove("timestamps")),
+        trial("remove-mptcp", Change::Tcp, remove("mptcp")),
         trial("insert", Change::Tcp, json!([insert("c0ffee01")])),
         trial("insert-again", Change::Tcp, json!([again])),
         trial("redirect-macs", Change::Route, json!([macs])),
@@ -103,6 +110,9 @@ fn trials() -> Vec<Trial> {
         trial("all", Change::Tcp, all),
     ];
     for trial in &mut trials {
+        if trial.name.starts_with("remove-") {
+            trial.hooks = &[Hook::Xdp];
+        }
         trial.only_tcp = trial.name == "drop" || trial.change == Change::Route;
     }
     trials
