@@ -165,29 +165,33 @@ pub fn command(arguments: &[String]) -> u8 {
         eprintln!("usage: replay-corpus FOLDER");
         return 2;
     };
-    let run = || {
-        let mut corpus = Corpus::load()?;
-        corpus.run(Path::new(folder), |file| eprintln!("{}", file.display()))?;
-        Ok(corpus.report)
-    };
-    match run() {
+    match run(Path::new(folder)) {
         Ok(report) => {
             println!("{report}");
             u8::from(report.failed > 0)
         }
         Err(error) => {
-            let error: anyhow::Error = error;
             eprintln!("error: {error:#}");
             2
         }
     }
 }
 
+fn run(folder: &Path) -> Result<Report> {
+    let files = captures(folder)?;
+    let mut corpus = Corpus::load()?;
+    for file in &files {
+        eprintln!("{}", file.display());
+        corpus.run(file);
+    }
+    Ok(corpus.report())
+}
+
 /// A corpus being run.
 pub struct Corpus {
     trials: Vec<Trial>,
     lanes: Vec<Lane>,
-    pub report: Report,
+    report: Report,
 }
 
 /// What became of the packets of a corpus. `Display` is a table of at most 100 columns.
@@ -258,23 +262,21 @@ impl Corpus {
         })
     }
 
-    /// Runs the captures of a folder; `progress` is called before each.
-    ///
-    /// # Errors
-    /// A folder that cannot be read. Damaged captures count as failures.
-    pub fn run(&mut self, folder: &Path, mut progress: impl FnMut(&Path)) -> Result<()> {
-        for file in captures(folder)? {
-            progress(&file);
-            self.report.files += 1;
-            if let Err(error) = self.run_file(&file) {
-                self.report.fail(format!("{}: {error:#}", file.display()));
-            }
+    /// Runs the packets of a capture; that it is damaged counts as a failure.
+    pub fn run(&mut self, file: &Path) {
+        self.report.files += 1;
+        if let Err(error) = self.run_file(file) {
+            self.report.fail(format!("{}: {error:#}", file.display()));
         }
+    }
+
+    /// What became of all packets.
+    pub fn report(mut self) -> Report {
         for lane in &self.lanes {
             let key = (self.trials[lane.trial].name, lane.hook);
             self.report.chains.insert(key, (lane.changed, lane.skipped));
         }
-        Ok(())
+        self.report
     }
 
     fn run_file(&mut self, file: &Path) -> Result<()> {
@@ -337,7 +339,7 @@ fn judge(trial: &Trial, hook: Hook, before: &[u8], outcome: &Outcome) -> Result<
 ///
 /// # Errors
 /// A folder that cannot be read, or without a capture.
-fn captures(folder: &Path) -> Result<Vec<PathBuf>> {
+pub fn captures(folder: &Path) -> Result<Vec<PathBuf>> {
     let reading = || format!("read {}", folder.display());
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).with_context(reading)? {
@@ -369,9 +371,13 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "\n{} files, {} packets ({} cut short by the capture); TCP checksum right in {}, left \
-             to the device in {}",
-            self.files, self.packets, self.cut, self.right, self.partial
+            "\n{} files, {} packets, {} of them cut short by the capture",
+            self.files, self.packets, self.cut
+        )?;
+        writeln!(
+            f,
+            "TCP checksums: {} right, {} left to the device",
+            self.right, self.partial
         )?;
         write!(f, "{} runs, {} failures", self.runs, self.failed)?;
         for failure in &self.failures {
