@@ -13,3 +13,4 @@ mod generations;
 mod jit;
 mod matrix;
 mod verdicts;
+mod windows;
