@@ -168,7 +168,7 @@ pub fn command(arguments: &[String]) -> u8 {
     match run(Path::new(folder)) {
         Ok(report) => {
             println!("{report}");
-            u8::from(report.failed > 0)
+            report.exit_code()
         }
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -215,6 +215,11 @@ pub struct Report {
 }
 
 impl Report {
+    /// 0, or 1 with failures.
+    pub fn exit_code(&self) -> u8 {
+        u8::from(self.failed > 0)
+    }
+
     fn fail(&mut self, text: String) {
         self.failed += 1;
         if self.failures.len() < SHOWN {
