@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{self, Backlog, SockaddrStorage};
+use nix::sys::time::{TimeVal, TimeValLike};
 use policy_chain::testbed::Role;
 
 use super::Environment;
@@ -98,7 +100,7 @@ impl Connection {
             .enter(|| TcpStream::connect_timeout(&address, TIMEOUT))
             .unwrap()
             .unwrap_or_else(|error| panic!("connect to {address}: {error}"));
-        let (server, _) = listener.accept().unwrap();
+        let server = accept(listener);
         Connection { client, server }.prepared()
     }
 
@@ -121,7 +123,7 @@ impl Connection {
                 TcpStream::from(socket)
             })
             .unwrap();
-        let (server, _) = listener.accept().unwrap();
+        let server = accept(&listener);
         Connection { client, server }.prepared()
     }
 
@@ -160,6 +162,14 @@ impl Connection {
         send(&self.client, &self.server, length);
         send(&self.server, &self.client, length);
     }
+}
+
+/// The next connection: a client takes for one what the server may not, if its last ACK is lost.
+fn accept(listener: &TcpListener) -> TcpStream {
+    let limit = TimeVal::seconds(TIMEOUT.as_secs() as i64);
+    socket::setsockopt(listener, ReceiveTimeout, &limit).unwrap();
+    let accepted = listener.accept();
+    accepted.unwrap_or_else(|error| panic!("accept: {error}")).0
 }
 
 fn mptcp_socket(address: &SocketAddr) -> OwnedFd {
