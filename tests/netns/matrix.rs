@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
+use std::thread;
 use std::time::Duration;
 
 use policy_chain::hook::Hook;
@@ -318,6 +319,17 @@ fn work(environment: &Environment, row: &Row) -> Work {
     work
 }
 
+/// Says which row it was that failed somewhere below.
+struct NamedInPanic<'a>(&'a str);
+
+impl Drop for NamedInPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            println!("failed: {}", self.0);
+        }
+    }
+}
+
 /// One test's testbed and where its chains run.
 struct Bed {
     environment: Environment,
@@ -367,6 +379,7 @@ impl Bed {
             "{} on {} {}, MTU {}, offloads {}",
             row.name, self.place.hook, self.place.mode, wire.mtu, wire.offloads
         );
+        let _named = NamedInPanic(&what);
         let small = row.small_packets && wire.offloads;
         if small {
             self.segment_in_software();
