@@ -11,7 +11,7 @@ set -u
 cd "$(dirname "$0")/.."
 
 kernels='6.1 6.12'
-# Which tables of packets: some, or all, which takes five times as long.
+# Which tables of packets: some, or all, which take four times as long.
 rows=${ROWS:-some}
 # Seconds for all kernels, which run side by side; 150 were seen on two processors.
 cap=600
