@@ -287,8 +287,9 @@ static __always_inline enum reason tcp_options_load(hook_ctx *ctx, const struct 
 		return REASON_BAD_HEADER;
 	__builtin_memset(scratch->old, 0, sizeof(scratch->old));
 	__builtin_memset(scratch->new, 0, sizeof(scratch->new));
+	/* Linux 6.1 forgets that it is not 0, and lets no helper read nothing. */
 	if (length && pkt_load(ctx, segment->at.transport + sizeof(struct tcphdr), scratch->old,
-			       length))
+			       bounded(length - 1, OPTIONS_BUFFER - 1) + 1))
 		return REASON_TRUNCATED;
 	return REASON_NONE;
 }
