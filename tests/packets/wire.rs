@@ -26,6 +26,9 @@ pub const OWN_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x70];
 /// The link address of the neighbours behind `to`: 10.0.0.2 and 2001:db8::2.
 pub const NEIGHBOUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x71];
 
+/// How many markers are sent at a time.
+pub const MARKERS: u64 = 2;
+
 const DEADLINE: Duration = Duration::from_secs(10);
 /// IEEE's "local experimental 1", which nothing else here sends.
 const MARKER: [u8; 2] = [0x88, 0xb5];
@@ -42,7 +45,8 @@ link add to mtu 65535 address 02:00:00:00:00:70 type veth peer name far mtu 6553
 link set dev in arp off addrgenmode none up
 link set dev out arp off addrgenmode none up
 link set dev far arp off addrgenmode none up
-link set dev to addrgenmode none up
+";
+const TURN_ON: &str = "link set dev to addrgenmode none up
 address add 10.0.0.254/24 dev to
 address add 2001:db8::fe/64 dev to nodad
 neighbour add 10.0.0.2 lladdr 02:00:00:00:00:71 dev to nud permanent
@@ -56,7 +60,7 @@ pub struct Note {
     pub partial: Option<(u16, u16)>,
     /// A super-packet: payload of each segment in bytes.
     pub segment: Option<u16>,
-    /// Bytes in the linear part, if the frame is longer than a page; 0: all of them.
+    /// Bytes in the linear part, if the frame is longer than a page.
     pub linear: u16,
 }
 
@@ -99,15 +103,19 @@ pub struct Wire {
 /// so packets stay in order. All is gone when it returns.
 pub fn with_wire<R: Send>(f: impl FnOnce(Wire) -> R + Send) -> R {
     let namespace = Namespace::unnamed("of the wire").unwrap();
-    namespace
-        .enter(|| {
-            for (name, value) in [("ipv4", "1"), ("ipv6", "1")] {
-                let path = format!("/proc/sys/net/{name}/conf/all/forwarding");
-                std::fs::write(path, value).unwrap();
-            }
-        })
-        .unwrap();
+    let set = |name: &'static str, value: &'static str| {
+        let path = format!("/proc/sys/net/{name}");
+        namespace
+            .enter(|| std::fs::write(path, value).unwrap())
+            .unwrap();
+    };
+    set("ipv4/conf/all/forwarding", "1");
+    set("ipv6/conf/all/forwarding", "1");
+    // only where there are neighbours: the kernel sends packets of its own otherwise
+    set("ipv6/conf/default/disable_ipv6", "1");
     namespace.ip_batch(SET_UP).unwrap();
+    set("ipv6/conf/to/disable_ipv6", "0");
+    namespace.ip_batch(TURN_ON).unwrap();
     for device in ["in", "to"] {
         let off = ["-K", device, "tx", "off", "tso", "off"];
         let output = namespace.command("ethtool").args(off).output().unwrap();
@@ -180,7 +188,7 @@ impl Wire {
     /// the frame before them had become by then stands before the second in the CPU's queue.
     pub fn mark(&mut self, from: From) -> Passage {
         let mut passage = Passage::default();
-        for _ in 0..2 {
+        for _ in 0..MARKERS {
             self.mark_once(from, &mut passage);
         }
         passage
@@ -257,7 +265,8 @@ impl Socket {
         address.sll_ifindex = index as libc::c_int;
         let length = mem::size_of_val(&address) as libc::socklen_t;
         // SAFETY: the address outlives the call, and the length is its own.
-        let result = unsafe { libc::bind(socket.0.as_raw_fd(), (&raw const address).cast(), length) };
+        let result =
+            unsafe { libc::bind(socket.0.as_raw_fd(), (&raw const address).cast(), length) };
         assert_eq!(result, 0, "{}", io::Error::last_os_error());
         socket
     }
@@ -266,18 +275,27 @@ impl Socket {
         let length = mem::size_of_val(&value) as libc::socklen_t;
         let fd = self.0.as_raw_fd();
         // SAFETY: the value outlives the call, which reads as many bytes as it has.
-        let result = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) };
+        let result =
+            unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) };
         assert_eq!(result, 0, "option {name}: {}", io::Error::last_os_error());
     }
 
     fn send(&self, frame: &[u8], note: &Note) {
-        let kind = match (note.segment, frame.get(14).map(|byte| byte >> 4)) {
-            (None, _) => 0,
-            (Some(_), Some(4)) => GSO_TCPV4,
-            (Some(_), _) => GSO_TCPV6,
+        let ip = if frame[12..14] == [0x81, 0] { 18 } else { 14 };
+        let kind = match note.segment.map(|_| frame[ip] >> 4) {
+            None => 0,
+            Some(4) => GSO_TCPV4,
+            Some(_) => GSO_TCPV6,
         };
         let (start, offset) = note.partial.unwrap_or_default();
-        let mut message = vec![if note.partial.is_some() { NEEDS_CSUM } else { 0 }, kind];
+        let mut message = vec![
+            if note.partial.is_some() {
+                NEEDS_CSUM
+            } else {
+                0
+            },
+            kind,
+        ];
         for field in [note.linear, note.segment.unwrap_or(0), start, offset] {
             message.extend(field.to_ne_bytes());
         }
