@@ -251,6 +251,8 @@ fn envelope_rows(base: &Base) -> Vec<Row> {
     };
     let mut far = vec![0; 480];
     far[1] = (far.len() / 8 - 1) as u8;
+    let mut signed = [0; 24];
+    signed[1] = (signed.len() / 4 - 2) as u8;
     let tagged = |tags: &[u16]| base.bare().map(|frame| frame.tags(tags));
     let roomy = |frame: Frame| frame.options(&base.roomy()).payload(&[7; 24]);
     let to = |v4: [u8; 4], v6: &str| {
@@ -270,6 +272,10 @@ fn envelope_rows(base: &Base) -> Vec<Row> {
         ),
         row("IPv6 routing header, on its way", [routed(1)]),
         row("IPv6 routing header, arrived", [routed(0)]),
+        row(
+            "IPv6 authentication header",
+            [base.v6().extension(AUTHENTICATION, &signed)],
+        ),
         row("802.1Q tag", tagged(&[0x8100])),
         row("802.1ad and 802.1Q tags", tagged(&[0x88a8, 0x8100])),
         row("three tags", tagged(&[0x88a8, 0x8100, 0x8100])),
@@ -290,7 +296,13 @@ fn envelope_rows(base: &Base) -> Vec<Row> {
                 roomy(base.v6().extension(FRAGMENT, &[0, 0, 0, 72, 0, 0, 0, 7])),
             ],
         ),
-        row("UDP", base.bare().map(|frame| frame.protocol(UDP))),
+        row(
+            "UDP, ICMP, IPv4 authentication header",
+            base.bare()
+                .map(|frame| frame.protocol(UDP))
+                .into_iter()
+                .chain([base.v4().protocol(ICMP), base.v4().protocol(AUTHENTICATION)]),
+        ),
         row("neither IPv4 nor IPv6", [base.v4()]).bend(|mut bytes| {
             bytes[12..14].copy_from_slice(&[0x86, 0x37]);
             bytes
