@@ -303,9 +303,6 @@ impl<'a> Loaded<'a> {
             Some((_, frame)) if !sends && expected(frame) == unchanged => {
                 Err("done, and nothing to see of it".to_owned())
             }
-            Some((_, frame)) if sends && at == At::Generic && frame.check == Check::Seed => {
-                Ok("sent, still partial".to_owned())
-            }
             Some((word, _)) => Ok((*word).to_owned()),
             None if got.frames == unchanged => Err("unchanged, and no reason".to_owned()),
             None => Err("something else".to_owned()),
