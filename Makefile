@@ -12,11 +12,12 @@ SUDO := $(shell command -v sudo)
 TEST_FLAGS = --config "target.'cfg(unix)'.runner = ['$(SUDO)', '-E', 'env', 'PATH=$(PATH)']"
 endif
 
-.PHONY: help build demo test lint schema docs vmlinux install-deps root clean
+.PHONY: help build demo test soak lint schema docs vmlinux install-deps root clean
 
 help:
 	@echo "make demo      see it work: builds, and runs a chain on real TCP in network namespaces"
 	@echo "make test      run all tests"
+	@echo "make soak      compare N random packets with a model of the policies: make soak N=5000000 [SEED=7]"
 	@echo "make build     build target/release/policy-chain"
 	@echo "make lint      formatting, compiler and clippy warnings, scripts"
 	@echo "make docs      make docs/policies.md and the JSON Schema again, from the code"
@@ -32,6 +33,14 @@ demo: install-deps root
 
 test: install-deps root
 	$(CARGO) test $(TEST_FLAGS)
+
+# As in `make test`, but as many packets as wanted, and others for another SEED.
+N ?= 1000000
+SEED ?= 1
+soak: export MODEL_PACKETS = $(N)
+soak: export MODEL_SEED = $(SEED)
+soak: install-deps root
+	$(CARGO) test $(TEST_FLAGS) --release --test model -- --show-output
 
 lint: install-deps
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 || \
