@@ -214,7 +214,7 @@ fn window_per_flow() {
         let (local, remote) = (path.server.ipv4, path.client.ipv4);
         let port = bed.port.get();
         let element =
-            format!("local={local},remote={remote},local_port=8443,remote_port={port},arg=1024");
+            format!("local={local},remote={remote},local_port=8443,remote_port={port},arg=131072");
         bed.ok(&["set", "add", "windows", &element]);
     });
 }

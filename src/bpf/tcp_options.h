@@ -207,42 +207,42 @@ enum squeeze {
 
 /*
  * Copies the `length` bytes of options in pc_options.old to .new, without the marked ones,
- * without NOPs if told so (enum squeeze), and without what EOL ends. Returns the bytes used,
- * or OPTIONS_REFUSED for malformed options. `zero` is as for ipv6_skip_extensions().
+ * without NOPs at the end, or all of them if told so (enum squeeze), and without what EOL
+ * ends. Returns the bytes used, or OPTIONS_REFUSED for malformed options. `zero` is as for
+ * ipv6_skip_extensions().
  */
 __noinline __u32 tcp_options_squeeze(hook_ctx *ctx, __u32 length, __u64 marked, __u32 squeeze,
 				     __u32 zero)
 {
 	struct options_scratch *scratch = tcp_options_scratch();
-	__u32 from, used = 0, left = 0;
+	__u32 from, used = 0, copied = 0, left = 0;
 
 	if (!ctx || !scratch)
 		return OPTIONS_REFUSED;
 	for (from = 0; from < TCP_MAX_OPTIONS; from++) {
-		bool keep = !(marked >> from & 1);
 		__u8 byte = scratch->old[from];
+		bool is_nop = false;
 
 		used = (used + zero) & (OPTIONS_BUFFER - 1);
+		copied = (copied + zero) & (OPTIONS_BUFFER - 1);
 		left = (left + zero) & 0xff;
 		if (from >= length)
 			break;
 		if (!left) {
 			if (byte == OPTION_KIND_EOL)
 				break;
-			left = 1;
-			if (byte == OPTION_KIND_NOP) {
-				keep = squeeze == SQUEEZE_KEEP_NOPS;
-			} else {
-				left = scratch->old[from + 1];
-				if (left < 2 || from + left > length)
-					return OPTIONS_REFUSED;
-			}
-		}
-		if (keep) {
-			scratch->new[used] = byte;
-			used++;
+			is_nop = byte == OPTION_KIND_NOP;
+			left = is_nop ? 1 : scratch->old[from + 1];
+			if ((!is_nop && left < 2) || from + left > length)
+				return OPTIONS_REFUSED;
 		}
 		left--;
+		if (marked >> from & 1 || (is_nop && squeeze == SQUEEZE_DROP_NOPS))
+			continue;
+		scratch->new[copied] = byte;
+		copied++;
+		if (!is_nop)
+			used = copied;
 	}
 	return used;
 }
@@ -287,8 +287,9 @@ static __always_inline enum reason tcp_options_load(hook_ctx *ctx, const struct 
 		return REASON_BAD_HEADER;
 	__builtin_memset(scratch->old, 0, sizeof(scratch->old));
 	__builtin_memset(scratch->new, 0, sizeof(scratch->new));
+	/* Linux 6.1 forgets that it is not 0, and lets no helper read nothing. */
 	if (length && pkt_load(ctx, segment->at.transport + sizeof(struct tcphdr), scratch->old,
-			       length))
+			       bounded(length - 1, OPTIONS_BUFFER - 1) + 1))
 		return REASON_TRUNCATED;
 	return REASON_NONE;
 }

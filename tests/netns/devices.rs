@@ -10,7 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use policy_chain::testbed::Role;
 use serde_json::{Value, json};
 
-use crate::common::capture::{Capture, MSS, TIMESTAMPS, parse};
+use crate::common::capture::{Capture, MSS, Segment, TIMESTAMPS, parse};
 use crate::common::traffic::{Connection, PORT, server_addresses, transfer_both};
 use crate::common::{Environment, eventually, says};
 
@@ -18,8 +18,7 @@ use crate::common::{Environment, eventually, says};
 fn two_paths(hook: &str) -> Environment {
     let environment = Environment::routed_paths(2);
     if hook == "xdp" {
-        // What a native XDP redirect needs: complete checksums, and a peer that takes frames.
-        environment.tx_off(Role::Client, "path1");
+        // What a native XDP redirect needs: a peer that takes frames.
         environment.run(Role::Server, "ethtool", &["-K", "path2", "gro", "on"]);
     }
     environment
@@ -274,4 +273,58 @@ fn tun_has_no_link_header() {
     assert_eq!(socket.recv(&mut received).unwrap(), 2);
     assert_eq!(environment.packets(Role::Server, "tc-ingress"), 1);
     drop(connecting.join().unwrap());
+}
+
+/// An option may make a segment longer, but not longer than the device of the hook sends.
+#[test]
+fn options_do_not_grow_past_the_mtu() {
+    for (role, hook) in [
+        (Role::Client, "tc-egress"),
+        (Role::Server, "tc-ingress"),
+        (Role::Server, "xdp"),
+    ] {
+        let environment = Environment::direct();
+        let mut capture = Capture::start(environment.namespace(Role::Server), "path1");
+        let [server, _] = server_addresses(&environment);
+        let file = json!({ "version": 1, "chains": [{
+            "name": "t",
+            "attach": [{ "device": "path1", "hook": hook }],
+            "actions": [{ "action": "insert_option", "kind": 253, "data": "00".repeat(18) }],
+        }] });
+        let counted = |reason: &str| {
+            let shown = environment.json(role, &["show", "t", "--json"]);
+            let node = &shown["nodes"][0]["nodes"][0];
+            node["reasons"][reason].as_u64().unwrap_or(0)
+        };
+        // an ACK with timestamps has 52 bytes of IP, with 20 more 72
+        for (mtu, fits) in [("71", false), ("72", true)] {
+            for end in [Role::Client, Role::Server] {
+                environment.run(end, "ip", &["link", "set", "path1", "mtu", mtu]);
+            }
+            environment.apply(role, &file);
+            drop(Connection::open(&environment, server, PORT));
+            eventually("a connection opened and closed", || {
+                let taken = environment.packets(role, "t");
+                (taken >= 3).then_some(())
+            });
+            // the SYN's 80 bytes would be too many in either case
+            let syn = u64::from(fits);
+            assert!(counted("no_room") >= 1, "{hook}, MTU {mtu}");
+            if fits {
+                assert!(counted("no_room") <= syn, "{hook}, MTU {mtu}");
+            } else {
+                assert!(counted("no_room") >= 3, "{hook}, MTU {mtu}");
+            }
+            if hook == "tc-egress" {
+                let grown = |segment: &&Segment| segment.option(253).is_some();
+                let segments = capture.with_port(PORT);
+                assert_eq!(
+                    segments.iter().any(|segment| grown(&segment)),
+                    fits,
+                    "MTU {mtu}"
+                );
+            }
+            environment.ok(role, &["delete", "t"]);
+        }
+    }
 }

@@ -11,3 +11,4 @@ mod devices;
 mod generations;
 mod jit;
 mod verdicts;
+mod windows;

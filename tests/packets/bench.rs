@@ -41,6 +41,8 @@ impl On {
 /// One chain on one hook.
 pub struct Bench {
     pub hook: Hook,
+    /// The chain file says what checksums are, true or not.
+    told: bool,
     runner: Runner,
     ids: BTreeMap<String, u32>,
 }
@@ -67,6 +69,9 @@ impl Bench {
         let names = spec.chains.iter().map(|chain| chain.name.clone());
         Bench {
             hook,
+            told: ["complete", "partial"]
+                .iter()
+                .any(|told| file["chains"][0]["attach"][0]["checksum"] == *told),
             runner,
             ids: names.zip(1..).collect(),
         }
@@ -113,6 +118,7 @@ impl Bench {
             shown()
         );
         match sums(frame) {
+            _ if self.told => {}
             Sums::Right => assert_eq!(sums(&outcome.frame), Sums::Right, "{}", shown()),
             // TC is told which packets are partial, and these are not
             Sums::Seed if hook == Hook::Xdp => {

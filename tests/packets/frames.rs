@@ -59,6 +59,7 @@ pub struct Frame {
     pub protocol: u8,
     pub src_port: u16,
     pub dst_port: u16,
+    pub sequence: u32,
     pub flags: u16,
     pub window: u16,
     /// TCP, as they stand.
@@ -95,6 +96,7 @@ pub fn v4() -> Frame {
         protocol: TCP,
         src_port: SRC_PORT,
         dst_port: DST_PORT,
+        sequence: 1,
         flags: ACK,
         window: 512,
         options: Vec::new(),
@@ -124,6 +126,18 @@ impl Frame {
 
     pub fn ports(mut self, src: u16, dst: u16) -> Frame {
         (self.src_port, self.dst_port) = (src, dst);
+        self
+    }
+
+    pub fn sequence(mut self, sequence: u32) -> Frame {
+        self.sequence = sequence;
+        self
+    }
+
+    /// The other way: addresses and ports exchanged.
+    pub fn back(mut self) -> Frame {
+        (self.src, self.dst) = (self.dst, self.src);
+        (self.src_port, self.dst_port) = (self.dst_port, self.src_port);
         self
     }
 
@@ -193,7 +207,8 @@ impl Frame {
                 let words = self
                     .data_offset
                     .unwrap_or(5 + (self.options.len() / 4) as u8);
-                bytes.extend([0, 0, 0, 1, 0, 0, 0, 2]);
+                bytes.extend(self.sequence.to_be_bytes());
+                bytes.extend([0, 0, 0, 2]);
                 bytes.extend((u16::from(words) << 12 | self.flags).to_be_bytes());
                 bytes.extend(self.window.to_be_bytes());
                 bytes.extend([0; 4]);

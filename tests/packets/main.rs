@@ -6,9 +6,11 @@
 mod actions;
 mod attachment;
 mod bench;
+mod checksums;
 mod defects;
 mod frames;
 mod options;
 mod random;
 mod selectors;
 mod truncation;
+mod windows;

@@ -310,6 +310,165 @@ fn strip_several_and_at_any_offset() {
     );
 }
 
+fn remove() -> serde_json::Value {
+    json!({ "action": "strip_option", "kind": "mptcp", "subtype": "add_addr", "mode": "remove" })
+}
+
+/// Option spaces before and after ADD_ADDR is taken out.
+fn removals() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
+    let add_addr = |length| option(MPTCP, length, ADD_ADDR);
+    let dss = option(MPTCP, 12, DSS);
+    let timestamps = [&[1, 1][..], &option(TIMESTAMPS, 10, 1)].concat();
+    vec![
+        ("the only one", add_addr(8), vec![]),
+        (
+            "behind others",
+            [&timestamps[..], &dss, &add_addr(16)].concat(),
+            [&timestamps[..], &dss].concat(),
+        ),
+        (
+            "before others",
+            [&add_addr(8)[..], &timestamps].concat(),
+            timestamps.clone(),
+        ),
+        (
+            "several",
+            [&add_addr(8)[..], &timestamps, &add_addr(16)].concat(),
+            timestamps.clone(),
+        ),
+        ("all 40 bytes", add_addr(40), vec![]),
+        (
+            "an odd offset",
+            words(&[&[3, 3, 7], &add_addr(8)]),
+            words(&[&[3, 3, 7]]),
+        ),
+        (
+            "NOPs stay but at the end",
+            [&[1, 3, 3, 7][..], &add_addr(8), &nops(4)].concat(),
+            vec![1, 3, 3, 7],
+        ),
+        (
+            "what EOL ends goes too",
+            [&[3, 3, 7][..], &add_addr(8), &[0, 9, 9, 9, 9]].concat(),
+            words(&[&[3, 3, 7]]),
+        ),
+        (
+            "too short to shrink",
+            words(&[&[MPTCP, 3, ADD_ADDR]]),
+            vec![],
+        ),
+        (
+            "less than a word",
+            words(&[&[MPTCP, 3, ADD_ADDR], &[3, 3, 7]]),
+            words(&[&[3, 3, 7], &[1]]),
+        ),
+    ]
+}
+
+#[test]
+fn remove_shrinks_the_header() {
+    let chain = file(json!({ "actions": [remove()] }));
+    let mut rows = Vec::new();
+    for (what, before, after) in removals() {
+        // a frame keeps the length of the shortest, with what stood there
+        let unpadded = |(_, frame): &(&str, Frame)| {
+            frame.trailer.is_empty() && frame.clone().options(&after).build().len() >= ETHERNET_MIN
+        };
+        let loaded = bases().into_iter().filter(unpadded);
+        rows.extend(changes(what, &before, &after, loaded));
+    }
+    for length in [3900, 9001, 60001] {
+        let payload: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
+        for (version, frame) in both() {
+            rows.push(gives(
+                format!("{length} bytes, {version}"),
+                &frame
+                    .clone()
+                    .options(&option(MPTCP, 8, ADD_ADDR))
+                    .payload(&payload),
+                &frame.payload(&payload),
+            ));
+        }
+    }
+    act_in(chain, &[Hook::Xdp], &rows);
+}
+
+/// A device completes a partial checksum where the header stood, so the header must not move; that
+/// of a segment without payload does not.
+#[test]
+fn remove_from_a_seed() {
+    let chain = file(json!({ "actions": [remove()] }));
+    let mut rows = Vec::new();
+    for (what, before, after) in removals() {
+        for (base, frame) in [
+            ("IPv6", v6()),
+            ("extension header", v6().extension(DESTINATION, &[0; 8])),
+        ] {
+            let frame = frame.check(Check::Seed);
+            rows.extend(changes(
+                what,
+                &before,
+                &after,
+                [(base, frame.clone())].into_iter(),
+            ));
+            let loaded = frame.payload(b"data").options(&before);
+            if before.len() > after.len() {
+                rows.push(leaves(what, &loaded, "checksum_partial"));
+            }
+        }
+    }
+    act_in(chain, &[Hook::Xdp], &rows);
+}
+
+#[test]
+fn remove_keeps_a_frame_from_being_too_short() {
+    let add_addr = option(MPTCP, 16, ADD_ADDR);
+    let chain = file(json!({ "actions": [remove()] }));
+    // 70 bytes become 54, so the last 6 stay as they are: the end of the option
+    let mut short = v4();
+    short.trailer = add_addr[..6].to_vec();
+    let mut padded = v4().options(&option(MPTCP, 4, ADD_ADDR)).padded();
+    padded.trailer = vec![0xee; 2];
+    let mut shrunk = v4();
+    shrunk.trailer = [&option(MPTCP, 4, ADD_ADDR)[..], &[0xee; 2]].concat();
+    let mut long = v6().options(&add_addr);
+    long.trailer = vec![0xee; 9];
+    let rows = [
+        gives("no padding", &v4().options(&add_addr), &short),
+        gives("padding", &padded, &shrunk),
+        gives("a trailer that is no padding", &long, &v6()),
+    ];
+    act_in(chain, &[Hook::Xdp], &rows);
+}
+
+#[test]
+fn remove_gives_up() {
+    let add_addr = option(MPTCP, 8, ADD_ADDR);
+    let rows = [
+        leaves("absent", &v4(), "option_absent"),
+        leaves(
+            "malformed",
+            &v4().options(&[&add_addr[..], &[3, 1, 1, 1]].concat()),
+            "bad_option",
+        ),
+        leaves(
+            "first fragment",
+            &v4()
+                .options(&add_addr)
+                .fragment(MORE_FRAGMENTS)
+                .payload(&[7; 24]),
+            "fragment",
+        ),
+        leaves(
+            "later fragment",
+            &v4().options(&add_addr).fragment(3),
+            "fragment",
+        ),
+        leaves("UDP", &v4().protocol(UDP), "not_tcp"),
+    ];
+    act_in(file(json!({ "actions": [remove()] })), &[Hook::Xdp], &rows);
+}
+
 /// 253 is for experiments (RFC 4727).
 const INSERT: &[u8] = &[253, 4, 0xaa, 0xbb];
 
@@ -332,17 +491,13 @@ fn insertions() -> Vec<(&'static str, Vec<u8>, Vec<u8>)> {
         (
             "timestamps and DSS",
             words(&[&timestamps, &dss]),
-            [&words(&[&timestamps, &dss])[..], INSERT].concat(),
+            words(&[&timestamps, &dss, INSERT]),
         ),
+        ("an odd end", words(&[&scale]), words(&[&scale, INSERT])),
         (
-            "an odd end",
-            words(&[&scale]),
-            [&words(&[&scale])[..], INSERT].concat(),
-        ),
-        (
-            "NOPs make room where 40 bytes do not suffice",
-            words(&[&option(MPTCP, 34, DSS), &[1, 1, 1]]),
-            words(&[&option(MPTCP, 34, DSS), INSERT]),
+            "NOPs go where 40 bytes do not suffice",
+            [&nops(4)[..], &option(MPTCP, 36, DSS)].concat(),
+            words(&[&option(MPTCP, 36, DSS), INSERT]),
         ),
         (
             "exact fit",
