@@ -489,14 +489,10 @@ impl Selector {
                 Asks::Addresses
             }
             "tcp_flags" => {
-                let kinds: [(_, fn(u16) -> Condition); 3] = [
-                    ("all", Condition::AllFlags),
-                    ("any", Condition::AnyFlag),
-                    ("none", Condition::NoFlag),
-                ];
-                for (name, kind) in kinds {
-                    conditions.extend(members.get(name).map(|value| kind(flags(value))));
-                }
+                let mut flags = |name| members.get(name).map(flags);
+                conditions.extend(flags("all").map(Condition::AllFlags));
+                conditions.extend(flags("any").map(Condition::AnyFlag));
+                conditions.extend(flags("none").map(Condition::NoFlag));
                 Asks::Tcp
             }
             "ip_pair" => {

@@ -284,16 +284,16 @@ impl Tally {
         for policy in registry.selectors() {
             let done = self.selectors.get(&policy.name);
             let done = done.unwrap_or_else(|| panic!("{hook}: no {}", policy.name));
-            least(done.yes, 0.005, &format!("{} matched", policy.name));
-            least(done.no, 0.005, &format!("{} missed", policy.name));
+            least(done.yes, 0.002, &format!("{} matched", policy.name));
+            least(done.no, 0.002, &format!("{} missed", policy.name));
         }
         for policy in registry.actions() {
             let done = self.actions.get(&policy.name);
             let done = done.unwrap_or_else(|| panic!("{hook}: no {}", policy.name));
-            least(done.yes, 0.005, &format!("{} done", policy.name));
+            least(done.yes, 0.001, &format!("{} done", policy.name));
             if !["count", "drop", "goto", "pass"].contains(&policy.name.as_str()) {
-                least(done.changed, 0.002, &format!("{} changed", policy.name));
-                least(done.no, 0.002, &format!("{} gave up", policy.name));
+                least(done.changed, 0.001, &format!("{} changed", policy.name));
+                least(done.no, 0.001, &format!("{} gave up", policy.name));
             }
         }
         for reason in self.expected_reasons(hook) {

@@ -514,7 +514,7 @@ fn terminal(subs: &'static [&'static str], carries: Carries) -> BoxedStrategy<Va
         Just(json!({ "action": "pass" })),
         Just(json!({ "action": "drop" })),
     ];
-    let others = prop_oneof![1 => plain, 3 => redirect()];
+    let others = prop_oneof![2 => plain, 3 => redirect()];
     let any = match (subs, carries) {
         (_, Carries::Chain) => {
             Just(json!({ "action": "goto", "chain": { "from": "element" } })).boxed()

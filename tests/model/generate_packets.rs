@@ -171,7 +171,7 @@ fn option() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-fn options() -> impl Strategy<Value = Vec<u8>> {
+fn options(of_a_syn: bool) -> impl Strategy<Value = Vec<u8>> {
     let list = prop_oneof![
         2 => Just(vec![]),
         6 => vec(option(), 1..4),
@@ -190,7 +190,7 @@ fn options() -> impl Strategy<Value = Vec<u8>> {
     });
     prop_oneof![
         16 => list.prop_map(|list| list.concat()),
-        6 => syn.prop_shuffle().prop_map(|list| list.concat()),
+        if of_a_syn { 16 } else { 2 } => syn.prop_shuffle().prop_map(|list| list.concat()),
         1 => vec(any::<u8>(), 0..41),
     ]
 }
@@ -219,22 +219,20 @@ fn transport(ports: (u16, u16)) -> impl Strategy<Value = Transport> {
     let fill = prop_oneof![4 => Just(NOP), 1 => Just(0u8)];
     let sequence = 1..3u32;
     let window = prop_oneof![1 => select(vec![512u16, 0, 1, 9, 65535]), 1 => any::<u16>()];
-    let parts = (
-        flags(),
-        options(),
-        fill,
-        payload(),
-        check(),
-        sequence,
-        window,
-    );
+    let flags = flags().prop_flat_map(|flags| (Just(flags), options(flags & SYN != 0)));
+    let parts = (flags, fill, payload(), check(), sequence, window);
     parts.prop_map(
-        move |(flags, options, fill, payload, check, sequence, window)| Transport {
+        move |((flags, options), fill, payload, check, sequence, window)| Transport {
             src_port: ports.0,
             dst_port: ports.1,
             sequence,
             flags,
-            window,
+            // both all ones: a zero that is written to the window leaves the other form of the
+            // checksum's zero
+            window: match check {
+                Check::Value(0xffff) => window.min(0xfffe),
+                _ => window,
+            },
             options,
             fill,
             payload,

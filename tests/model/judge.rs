@@ -332,7 +332,7 @@ impl Model {
         }
         if remove {
             options.list.retain(|option| !wanted(option));
-            return self.shrink(frame, &segment, &options::fill(&options.list, 0));
+            return self.shrink(frame, &segment, &options::fill(&options.trimmed(), 0));
         }
         for option in options.list.iter_mut().filter(|option| wanted(option)) {
             option.fill(NOP);
@@ -382,14 +382,12 @@ impl Model {
             segment.is_bare() && whole && length <= ROOM && packet <= MTU
         };
         let option = [&[kind, 2 + data.len() as u8], data].concat();
-        let with = |keep: fn(&options::Bytes) -> bool| {
-            let mut list = present.list.clone();
-            list.retain(keep);
+        let with = |mut list: Vec<options::Bytes>| {
             list.push(option.clone());
             options::fill(&list, room)
         };
-        let appended = with(|_| true);
-        let squeezed = with(|option| option[0] != NOP);
+        let appended = with(present.trimmed());
+        let squeezed = with(present.of_other_kinds(NOP));
         let options = if segment.is_bare()
             && whole
             && (appended.len() == room || may_grow_to(appended.len()))
@@ -417,7 +415,7 @@ impl Model {
 
     fn redirect(
         &self,
-        frame: &mut Vec<u8>,
+        frame: &mut [u8],
         neighbour: bool,
         src_mac: Option<[u8; 6]>,
         dst_mac: Option<[u8; 6]>,

@@ -48,6 +48,20 @@ impl Options {
         self.list.iter().filter(move |option| option[0] == kind)
     }
 
+    pub fn of_other_kinds(&self, kind: u8) -> Vec<Bytes> {
+        let others = self.list.iter().filter(|option| option[0] != kind);
+        others.cloned().collect()
+    }
+
+    /// Without the NOPs at the end.
+    pub fn trimmed(&self) -> Vec<Bytes> {
+        let mut list = self.list.clone();
+        while list.last().is_some_and(|option| option[0] == NOP) {
+            list.pop();
+        }
+        list
+    }
+
     /// All bytes, with what EOL ended.
     pub fn bytes(&self) -> Bytes {
         [self.list.concat(), self.rest.clone()].concat()

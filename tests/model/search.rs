@@ -10,8 +10,11 @@ use crate::differential::{Replayer, Session, Tally, needs_device, row};
 use crate::packet::Packet;
 use crate::{generate_chains, generate_packets};
 
-/// Packets that each chain gets.
-const PACKETS: usize = 400;
+/// Packets that each chain gets: loading one takes as long as many hundred packets.
+const PACKETS: usize = 600;
+/// The same where there are many.
+const PACKETS_OF_MANY: usize = 2000;
+const MANY: u64 = 200_000;
 /// Of these, at most so many that need a device, on one chain of so many.
 const BY_DEVICE: u64 = 4;
 const CHAINS_BY_DEVICE: u64 = 20;
@@ -29,10 +32,15 @@ pub fn search(hook: Hook, packets: u64, seed: u64) -> Tally {
     let mut runner = TestRunner::new_with_rng(Config::default(), random);
     let files = generate_chains::file(hook);
     let strategy = generate_packets::packet();
+    let of_each = if packets < MANY {
+        PACKETS
+    } else {
+        PACKETS_OF_MANY
+    };
     let mut tally = Tally::default();
     while tally.packets < packets {
         let file = files.new_tree(&mut runner).unwrap().current();
-        let mut trees: Vec<PacketTree> = (0..PACKETS)
+        let mut trees: Vec<PacketTree> = (0..of_each)
             .map(|_| strategy.new_tree(&mut runner).unwrap())
             .collect();
         if let Err(ran) = run(hook, &file, &trees, &mut tally) {
