@@ -373,21 +373,17 @@ impl<'a> Members<'a> {
 impl File {
     pub fn new(file: &Value) -> File {
         let chains = file["chains"].as_array().unwrap().iter();
-        File(
-            chains
-                .map(|chain| {
-                    (
-                        chain["name"].as_str().unwrap().to_owned(),
-                        Chain::new(chain),
-                    )
-                })
-                .collect(),
-        )
+        let named = |chain: &Value| {
+            let name = chain["name"].as_str().unwrap().to_owned();
+            (name, Chain::new(chain, &file["elements"]))
+        };
+        File(chains.map(named).collect())
     }
 }
 
 impl Chain {
-    fn new(chain: &Value) -> Chain {
+    /// `elements` are those of named sets.
+    fn new(chain: &Value, elements: &Value) -> Chain {
         let mut members = Members::new(chain);
         members.get("name");
         let place = members.list("attach").into_iter().next();
@@ -400,7 +396,7 @@ impl Chain {
         };
         let mut alternatives: Vec<Vec<Selector>> = Vec::new();
         for item in members.list("selectors") {
-            let (or, selector) = Selector::new(item);
+            let (or, selector) = Selector::new(item, elements);
             match alternatives.last_mut() {
                 Some(last) if !or => last.push(selector),
                 _ => alternatives.push(vec![selector]),
@@ -470,7 +466,7 @@ impl End {
 
 impl Selector {
     /// And whether it begins an alternative.
-    fn new(item: &Value) -> (bool, Selector) {
+    fn new(item: &Value, elements: &Value) -> (bool, Selector) {
         let mut members = Members::new(item);
         let policy = members.text("selector").unwrap().to_owned();
         let or = match members.text("op") {
@@ -479,7 +475,9 @@ impl Selector {
             Some(op) => panic!("the model does not know op: {op}"),
         };
         let not = members.flag("not");
-        let keys = members.get("keys").map(|keys| keys.as_array().unwrap());
+        let named = members.text("set").map(|set| &elements[set]);
+        let keys = members.get("keys").or(named);
+        let keys = keys.map(|keys| keys.as_array().unwrap());
         let mut conditions = Vec::new();
         let mut end = End::Remote;
         let mut reverse = false;

@@ -6,15 +6,20 @@ use std::fmt::Write;
 use std::path::Path;
 
 use policy_chain::engine::generation::CarrierChoice;
+use policy_chain::engine::names::SystemNames;
+use policy_chain::engine::sets;
 use policy_chain::hook::{Family, Hook};
 use policy_chain::policy::Registry;
 use policy_chain::replay::{Outcome, Runner, Verdict};
 use policy_chain::spec::Spec;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::judge::{Event, Expected, MAIN, Model};
 use crate::layers;
 use crate::sums::{self, Kind};
+
+/// A chain that elements name, though it is not there any more, and the id it had.
+pub const GONE: (&str, u32) = ("gone", 1000);
 
 /// Most bytes that the kernel's test run takes on TC.
 const TC_MOST: usize = 3712;
@@ -45,10 +50,15 @@ impl Session {
     /// What the product says of the file.
     pub fn new(file: &Value, hook: Hook) -> Result<Session, String> {
         let registry = Registry::embedded().unwrap();
-        let spec = Spec::parse(&file.to_string(), Path::new("model.json"), registry)
+        let mut product = file.clone();
+        let elements = product.as_object_mut().and_then(|it| it.remove("elements"));
+        let spec = Spec::parse(&product.to_string(), Path::new("model.json"), registry)
             .map_err(|error| error.to_string())?;
         let runner = Runner::new(&spec, MAIN, hook, CarrierChoice::Auto)
             .map_err(|error| format!("{error:?}"))?;
+        if let Some(Value::Object(elements)) = elements {
+            fill(&spec, &runner, &elements);
+        }
         let model = Model::new(file, hook);
         Ok(Session { runner, model })
     }
@@ -60,6 +70,30 @@ impl Session {
         let outcome = self.runner.run(frame).unwrap();
         let compared = compare(frame, &expected, &outcome);
         (expected, outcome, compared)
+    }
+}
+
+/// Stores elements in the named sets, as `set load` does.
+fn fill(spec: &Spec, runner: &Runner, elements: &Map<String, Value>) {
+    let registry = Registry::embedded().unwrap();
+    let chains = spec.chains.iter().map(|chain| chain.name.clone());
+    let mut ids: BTreeMap<String, u32> = chains.zip(1..).collect();
+    ids.insert(GONE.0.to_owned(), GONE.1);
+    let names = SystemNames {
+        chains: &ids,
+        any_device: true,
+    };
+    for (set, items) in elements {
+        // pruned files may have lost it
+        let (Some(map), Some(described)) = (runner.set(set), spec.sets.get(set)) else {
+            continue;
+        };
+        let items = items.as_array().unwrap().iter();
+        let items: Vec<_> = items
+            .map(|item| item.as_object().unwrap().clone())
+            .collect();
+        let layout = &registry.set_kind(&described.kind).unwrap().layout;
+        sets::store(map, layout, &items, set, &names).unwrap();
     }
 }
 
@@ -290,8 +324,10 @@ impl Tally {
         for policy in registry.actions() {
             let done = self.actions.get(&policy.name);
             let done = done.unwrap_or_else(|| panic!("{hook}: no {}", policy.name));
-            least(done.yes, 0.001, &format!("{} done", policy.name));
-            if !["count", "drop", "goto", "pass"].contains(&policy.name.as_str()) {
+            let changes = !["count", "drop", "goto", "pass"].contains(&policy.name.as_str());
+            let share = if changes { 0.001 } else { 0.0 };
+            least(done.yes, share, &format!("{} done", policy.name));
+            if changes {
                 least(done.changed, 0.001, &format!("{} changed", policy.name));
                 least(done.no, 0.001, &format!("{} gave up", policy.name));
             }
@@ -319,6 +355,8 @@ impl Tally {
             "not_lower",
             "no_room",
             "no_element",
+            "bad_argument",
+            "no_chain",
             "no_route",
             "no_neighbour",
             "ttl_expired",

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use serde_json::{Map, Value, json};
 
+use crate::differential::GONE;
 use crate::generate_packets::{ADDRESSES, CONNECTIONS, PORTS};
 use crate::judge::MAIN;
 use crate::world::DEVICE;
@@ -593,19 +594,85 @@ fn chain(
         .boxed()
 }
 
-/// A file with a chain `main` for `hook`, and chains that it may go to.
-pub fn file(hook: Hook) -> BoxedStrategy<Value> {
-    let carries = prop_oneof![
-        4 => Just(Carries::Nothing),
-        1 => Just(Carries::Number),
-        1 => Just(Carries::Chain),
+/// Kind of the set that a selector looks packets up in.
+fn set_kind(selector: &str) -> &str {
+    match selector {
+        "service" => "port",
+        other => other,
+    }
+}
+
+/// Moves the keys of a chain into named sets: there elements may also carry nothing, or what is
+/// no argument. `spoil` says which do. Sets are members of the file, as their elements are for
+/// [`crate::differential`].
+fn into_sets(file: &mut Value, spoil: &[u8]) {
+    let mut spoil = spoil.iter().cycle();
+    let (mut sets, mut elements) = (Map::new(), Map::new());
+    let selectors = file["chains"][0]["selectors"].as_array_mut().unwrap();
+    for (number, selector) in selectors.iter_mut().enumerate() {
+        let members = selector.as_object_mut().unwrap();
+        let Some(mut keys) = members.remove("keys") else {
+            continue;
+        };
+        let name = format!("set-{number}");
+        members.insert("set".to_owned(), name.clone().into());
+        for key in keys.as_array_mut().unwrap() {
+            let key = key.as_object_mut().unwrap();
+            let number = key.contains_key("arg");
+            let chain = key.contains_key("chain");
+            match spoil.next() {
+                Some(0) => drop((key.remove("arg"), key.remove("chain"))),
+                Some(1) if number => drop(key.insert("arg".to_owned(), (1u64 << 33).into())),
+                Some(2) if number => drop(key.insert("arg".to_owned(), 0.into())),
+                Some(1 | 2) if chain => drop(key.insert("chain".to_owned(), GONE.0.into())),
+                Some(3) if chain => {
+                    key.remove("chain");
+                    key.insert("arg".to_owned(), 1.into());
+                }
+                _ => {}
+            }
+        }
+        let kind = set_kind(members["selector"].as_str().unwrap());
+        sets.insert(name.clone(), json!({ "kind": kind, "size": 100 }));
+        elements.insert(name, keys);
+    }
+    file["sets"] = sets.into();
+    file["elements"] = elements.into();
+}
+
+/// Files of all sorts, to be taken in turn: what is rare by chance is not rare then.
+pub fn files(hook: Hook) -> Vec<BoxedStrategy<Value>> {
+    use Carries::{Chain, Nothing, Number};
+    let sorts = [
+        (Nothing, 0.2),
+        (Number, 0.0),
+        (Nothing, 0.2),
+        (Chain, 1.0),
+        (Nothing, 0.2),
+        (Number, 1.0),
+        (Nothing, 0.2),
+        (Chain, 0.0),
     ];
+    sorts
+        .map(|(carries, named)| file(hook, carries, named))
+        .into()
+}
+
+/// A file with a chain `main` for `hook`, and chains that it may go to.
+fn file(hook: Hook, carries: Carries, named: f64) -> BoxedStrategy<Value> {
     let parts = (
-        carries.prop_flat_map(move |carries| chain(MAIN, hook, carries, &SUBS)),
+        chain(MAIN, hook, carries, &SUBS),
         chain(SUBS[0], hook, Carries::Nothing, &SUBS[1..]),
         chain(SUBS[1], hook, Carries::Nothing, &[]),
+        weighted(named, vec(0..8u8, 20)),
     );
     parts
-        .prop_map(|(main, sub, last)| json!({ "version": 1, "chains": [main, sub, last] }))
+        .prop_map(|(main, sub, last, spoil)| {
+            let mut file = json!({ "version": 1, "chains": [main, sub, last] });
+            if let Some(spoil) = spoil {
+                into_sets(&mut file, &spoil);
+            }
+            file
+        })
         .boxed()
 }

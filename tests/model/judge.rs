@@ -2,6 +2,7 @@
 //! What a chain must make of a packet, by the documents alone.
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use policy_chain::hook::{Family, Hook};
 use policy_chain::replay::Verdict;
@@ -20,6 +21,11 @@ pub const MAIN: &str = "main";
 const ETHERNET_MIN: usize = 60;
 /// No header grows the packets of a test run past what the loopback device takes.
 const MTU: usize = 65536;
+
+/// Options with a length.
+const KINDS: RangeInclusive<u64> = 2..=255;
+/// RFC 7323, 2.3: 65535 shifted by 14 bits.
+const WINDOW_MAX: u64 = 65535 << 14;
 
 /// What must come of a packet.
 #[derive(Clone, Debug)]
@@ -192,11 +198,13 @@ impl Model {
     }
 
     fn act(&self, action: &Action, element: &Element, frame: &mut Vec<u8>) -> Result<Step, Reason> {
-        let number = |number: Number| match (number, element) {
+        let number = |number: Number, range: RangeInclusive<u64>| match (number, element) {
             (Number::Is(value), _) => Ok(value),
             (Number::FromElement, None) => Err("no_element"),
-            (Number::FromElement, Some(Argument::Chain(_))) => Err("bad_argument"),
-            (Number::FromElement, Some(Argument::Number(value))) => Ok(*value as u32),
+            (Number::FromElement, Some(Argument::Number(value))) if range.contains(value) => {
+                Ok(*value as u32)
+            }
+            (Number::FromElement, Some(_)) => Err("bad_argument"),
         };
         match &action.what {
             What::Count => {}
@@ -207,6 +215,9 @@ impl Model {
                 return match element {
                     None => Err("no_element"),
                     Some(Argument::Number(_)) => Err("bad_argument"),
+                    Some(Argument::Chain(name)) if !self.file.0.contains_key(name) => {
+                        Err("no_chain")
+                    }
                     Some(Argument::Chain(name)) => Ok(Step::Goto(name.clone())),
                 };
             }
@@ -219,7 +230,7 @@ impl Model {
                 return Ok(Step::End(Verdict::Redirect));
             }
             What::InsertOption { kind, data, again } => {
-                let kind = number(*kind)? as u8;
+                let kind = number(*kind, KINDS)? as u8;
                 self.insert_option(frame, kind, data, *again)?;
             }
             What::StripOption {
@@ -227,15 +238,16 @@ impl Model {
                 subtype,
                 remove,
             } => {
-                let kind = number(*kind)? as u8;
+                let kind = number(*kind, KINDS)? as u8;
                 self.strip_option(frame, kind, *subtype, *remove)?;
             }
             What::SetMss { bytes, clamp } => {
-                let bytes = number(*bytes)? as u16;
+                let bytes = number(*bytes, 1..=0xffff)? as u16;
                 self.set_mss(frame, bytes, *clamp)?;
             }
             What::SetWindow { bytes, raw, max } => {
-                let bytes = number(*bytes)?;
+                let most = if *raw { 0xffff } else { WINDOW_MAX };
+                let bytes = number(*bytes, 0..=most)?;
                 self.set_window(frame, bytes, *raw, *max)?;
             }
         }
@@ -430,7 +442,7 @@ impl Model {
             }
             // the kernel compares the length of packets it knows with the MTU
             let fits = self.hook.family() == Family::Xdp || frame.len() <= world::LONGEST;
-            match world::route(ip.dst) {
+            match world::route(ip.src, ip.dst) {
                 Hop::To { .. } if !fits => return Err("no_route"),
                 Hop::Nowhere => return Err("no_route"),
                 Hop::Unknown => return Err("no_neighbour"),

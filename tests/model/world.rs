@@ -35,8 +35,12 @@ const NEIGHBOURS: [(&str, [u8; 6]); 4] = [
     ("2001:db8::2", [2, 0, 0, 0, 2, 2]),
 ];
 
-/// By which way packets leave for an address.
-pub fn route(to: IpAddr) -> Hop {
+/// By which way packets leave.
+pub fn route(from: IpAddr, to: IpAddr) -> Hop {
+    if matches!(from, IpAddr::V6(from) if from.is_multicast()) {
+        // nobody's address
+        return Hop::Nowhere;
+    }
     let known = NEIGHBOURS
         .iter()
         .find(|(address, _)| address.parse::<IpAddr>().unwrap() == to);
