@@ -3,7 +3,8 @@
 
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-SCRIPTS := .ci/run $(wildcard tools/*.sh)
+SCRIPTS := .ci/run $(wildcard tools/*.sh) tools/kernels/init tools/kernels/suite
+KERNELS := $(TARGET)/kernels
 
 # Demo and tests make network namespaces and load BPF programs: as root, or through sudo.
 ifneq ($(shell id -u),0)
@@ -12,12 +13,18 @@ SUDO := $(shell command -v sudo)
 TEST_FLAGS = --config "target.'cfg(unix)'.runner = ['$(SUDO)', '-E', 'env', 'PATH=$(PATH)']"
 endif
 
-.PHONY: help build demo test soak lint schema docs vmlinux install-deps root clean
+.PHONY: help build demo test soak kernels replay-corpus mutants lint schema docs vmlinux \
+	install-deps root clean
 
 help:
 	@echo "make demo      see it work: builds, and runs a chain on real TCP in network namespaces"
 	@echo "make test      run all tests"
-	@echo "make soak      compare N random packets with a model of the policies: make soak N=5000000 [SEED=7]"
+	@echo "make soak N=5000000 [SEED=7]"
+	@echo "               random packets through random chains, compared with a model of the policies"
+	@echo "make replay-corpus DIR=FOLDER"
+	@echo "               run a folder of captures through every action, and check what comes out"
+	@echo "make kernels   run the programs on other kernels, in qemu (part of make test)"
+	@echo "make mutants   break the checksum code in several ways, and see the tests fail"
 	@echo "make build     build target/release/policy-chain"
 	@echo "make lint      formatting, compiler and clippy warnings, scripts"
 	@echo "make docs      make docs/policies.md and the JSON Schema again, from the code"
@@ -33,6 +40,25 @@ demo: install-deps root
 
 test: install-deps root
 	$(CARGO) test $(TEST_FLAGS)
+	@$(MAKE) --no-print-directory kernels KERNELS_FLAGS=--optional
+
+# ROWS=all: every table of packets (docs/kernels.md).
+kernels: install-deps
+	$(CARGO) build --release --bins --example transfer --example objects
+	@mkdir -p $(KERNELS)
+	cp "$$($(CARGO) test --release --test packets --no-run --message-format=json | \
+		sed -n 's|.*"executable":"\([^"]*/packets-[^"]*\)".*|\1|p')" $(KERNELS)/packets
+	ROWS=$(ROWS) tools/kernels.sh $(KERNELS_FLAGS) $(KERNELS) $(TARGET)/release/policy-chain \
+		$(addprefix $(TARGET)/release/examples/,transfer objects) $(KERNELS)/packets
+
+# Of pcap and pcapng files; ends 0 if every packet came out as sound as it went in.
+replay-corpus: install-deps root
+	@test -n "$(DIR)" || { echo "Which folder of captures? make replay-corpus DIR=FOLDER" >&2; exit 2; }
+	$(CARGO) build --release --example replay-corpus
+	$(SUDO) $(TARGET)/release/examples/replay-corpus "$(DIR)"
+
+mutants: install-deps root
+	tools/mutants.sh
 
 # As in `make test`, but as many packets as wanted, and others for another SEED.
 N ?= 1000000

@@ -17,7 +17,7 @@ ACTION(insert_option,
        "add a TCP option: to a segment without payload, or in place of NOPs")
 {
 	struct segment segment;
-	enum reason reason = parse_tcp(ctx, &segment);
+	enum reason reason = parse_tcp_to_change(ctx, &segment);
 	struct options_scratch *scratch = tcp_options_scratch();
 	__u64 present;
 	int i;

@@ -19,7 +19,7 @@ PARAMS;
 ACTION(set_mss, "rewrite the MSS option of SYN segments")
 {
 	struct segment segment;
-	enum reason reason = parse_tcp(ctx, &segment);
+	enum reason reason = parse_tcp_to_change(ctx, &segment);
 	__u16 wanted = PARAM(bytes);
 	__u32 offset;
 	__be16 present;

@@ -42,7 +42,7 @@ ACTION(set_window, "rewrite the TCP receive window; not on a SYN, whose window i
 {
 	const __u32 offset = offsetof(struct tcphdr, window);
 	struct segment segment;
-	enum reason reason = parse_tcp(ctx, &segment);
+	enum reason reason = parse_tcp_to_change(ctx, &segment);
 	__u32 field = PARAM(bytes);
 	__be16 *present;
 

@@ -21,7 +21,7 @@ PARAMS;
 ACTION(strip_option, "overwrite or take out a TCP option, every one of its kind in the segment")
 {
 	struct segment segment;
-	enum reason reason = parse_tcp(ctx, &segment);
+	enum reason reason = parse_tcp_to_change(ctx, &segment);
 
 	if (reason)
 		return SKIP(reason);

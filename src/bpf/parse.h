@@ -41,6 +41,7 @@ struct headers {
 	__u8 protocol;		/* of the transport header */
 	bool later_fragment;	/* there is no transport header here */
 	bool fragmented;	/* this is a piece of a packet, the first one included */
+	bool authenticated;	/* IPv6: signed as a whole (RFC 4302) */
 	bool routed;		/* IPv6: a routing header names the destination (RFC 8200, 4.4) */
 };
 
@@ -50,7 +51,8 @@ enum ipv6_transport_flags {
 	IPV6_TRANSPORT_TRUNCATED = 1 << 2,
 	IPV6_TRANSPORT_TOO_MANY = 1 << 3,
 	IPV6_TRANSPORT_ROUTED = 1 << 4,
-	IPV6_TRANSPORT_FLAGS = 0x1f,
+	IPV6_TRANSPORT_AUTHENTICATED = 1 << 5,
+	IPV6_TRANSPORT_FLAGS = 0x3f,
 };
 
 static __always_inline __u32 ipv6_transport_pack(__u32 offset, __u32 protocol, __u32 flags)
@@ -99,6 +101,7 @@ __noinline __u32 ipv6_skip_extensions(hook_ctx *ctx, __u32 offset, __u32 protoco
 				flags |= IPV6_TRANSPORT_FRAGMENTED;
 		} else if (protocol == IPV6_AUTHENTICATION) {
 			length = (header[1] + 2) * 4;
+			flags |= IPV6_TRANSPORT_AUTHENTICATED;
 		} else if (protocol == IPV6_ROUTING && header[3]) {
 			flags |= IPV6_TRANSPORT_ROUTED;
 		}
@@ -139,6 +142,7 @@ static __always_inline enum reason parse_ipv4(hook_ctx *ctx, struct headers *at)
 	at->end = at->ip + total;
 	at->later_fragment = ip->frag_off & bpf_htons(IP_OFFSET);
 	at->fragmented = ip->frag_off & bpf_htons(IP_OFFSET | IP_MORE_FRAGMENTS);
+	at->authenticated = false;
 	at->routed = false;
 	return REASON_NONE;
 }
@@ -161,6 +165,7 @@ static __always_inline enum reason parse_ipv6(hook_ctx *ctx, struct headers *at)
 	at->transport = at->ip + sizeof(*ip);
 	at->later_fragment = false;
 	at->fragmented = false;
+	at->authenticated = false;
 	at->routed = false;
 	if (at->protocol == IP_PROTOCOL_TCP || at->protocol == IP_PROTOCOL_UDP)
 		return REASON_NONE;
@@ -173,6 +178,7 @@ static __always_inline enum reason parse_ipv6(hook_ctx *ctx, struct headers *at)
 	at->protocol = found >> 8 & 0xff;
 	at->later_fragment = found & IPV6_TRANSPORT_LATER_FRAGMENT;
 	at->fragmented = found & IPV6_TRANSPORT_FRAGMENTED;
+	at->authenticated = found & IPV6_TRANSPORT_AUTHENTICATED;
 	at->routed = found & IPV6_TRANSPORT_ROUTED;
 	return REASON_NONE;
 }

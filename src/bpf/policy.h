@@ -12,7 +12,7 @@
  *	ACTION(example, "rewrite the TCP receive window")
  *	{
  *		struct segment segment;
- *		enum reason reason = parse_tcp(ctx, &segment);
+ *		enum reason reason = parse_tcp_to_change(ctx, &segment);
  *
  *		if (reason)
  *			return SKIP(reason);

@@ -43,5 +43,6 @@ enum reason {
 	REASON_CHECKSUM_UNCLEAR, /* complete or partial, it could be either */
 	REASON_CHECKSUM_PARTIAL, /* a device completes it at a place that would move */
 	REASON_UNKNOWN_SCALE,	/* the handshake was not seen, or only half of it */
+	REASON_AUTHENTICATED,	/* the receiver would find it changed */
 	REASON_COUNT,
 };

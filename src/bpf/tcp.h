@@ -52,6 +52,16 @@ static __always_inline enum reason parse_tcp(hook_ctx *ctx, struct segment *segm
 	return REASON_NONE;
 }
 
+/* As parse_tcp(), for who changes the segment. */
+static __always_inline enum reason parse_tcp_to_change(hook_ctx *ctx, struct segment *segment)
+{
+	enum reason reason = parse_tcp(ctx, segment);
+
+	if (!reason && segment->at.authenticated)
+		return REASON_AUTHENTICATED;
+	return reason;
+}
+
 /*
  * Writes a 16-bit field at `offset` from the TCP header on, odd or even, and keeps the
  * checksum right. On REASON_HALF_DONE the packet must not leave; on any other reason it is

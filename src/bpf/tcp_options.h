@@ -249,9 +249,10 @@ __noinline __u32 tcp_options_squeeze(hook_ctx *ctx, __u32 length, __u64 marked, 
 
 /*
  * Appends the `size` bytes in pc_options.insert to the `used` bytes in .new, then NOPs up to
- * `total`, and clears the rest. A global function, for the loop's sake.
+ * `total`, and clears the rest. A global function, for the loop's sake; `zero` is as for
+ * ipv6_skip_extensions().
  */
-__noinline int tcp_options_append(__u32 used, __u32 size, __u32 total)
+__noinline int tcp_options_append(__u32 used, __u32 size, __u32 total, __u32 zero)
 {
 	struct options_scratch *scratch = tcp_options_scratch();
 	__u32 i;
@@ -259,6 +260,9 @@ __noinline int tcp_options_append(__u32 used, __u32 size, __u32 total)
 	if (!scratch)
 		return -1;
 	for (i = 0; i < TCP_MAX_OPTIONS; i++) {
+		used += zero;
+		size += zero;
+		total += zero;
 		if (i < used)
 			continue;
 		if (i >= total)
@@ -407,7 +411,7 @@ static __always_inline enum reason tcp_options_insert(hook_ctx *ctx, const struc
 		return REASON_NO_ROOM;
 	if (total < length)
 		total = length;
-	if (tcp_options_append(used, size, total))
+	if (tcp_options_append(used, size, total, 0))
 		return REASON_HELPER_FAILED;
 	checksum = tcp_checksum(ctx, &segment->at);
 	if (checksum == CHECKSUM_UNCLEAR)
@@ -480,7 +484,7 @@ static __always_inline enum reason tcp_options_remove(hook_ctx *ctx, const struc
 	if (used == OPTIONS_REFUSED)
 		return REASON_BAD_OPTION;
 	total = tcp_options_room(used);
-	if (tcp_options_append(used, 0, total))
+	if (tcp_options_append(used, 0, total, 0))
 		return REASON_HELPER_FAILED;
 	checksum = tcp_checksum(ctx, &segment->at);
 	if (checksum == CHECKSUM_UNCLEAR)

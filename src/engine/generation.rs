@@ -545,8 +545,9 @@ fn load_error(error: libbpf_rs::Error) -> anyhow::Error {
     let log = sys::take_log();
     let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
     let end = lines[lines.len().saturating_sub(LINES)..].join("\n");
-    let permission = matches!(error.kind(), libbpf_rs::ErrorKind::PermissionDenied);
-    if permission && !end.contains("processed") {
+    let denied = matches!(error.kind(), libbpf_rs::ErrorKind::PermissionDenied);
+    // The verifier says so too, of what a program does, and ends its log with what it processed.
+    if denied && !end.is_empty() && !end.contains("processed") {
         return kernel_error(
             "load a BPF program".to_owned(),
             &std::io::Error::from_raw_os_error(libc::EPERM),

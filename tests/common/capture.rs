@@ -60,6 +60,7 @@ impl Segment {
 pub struct Capture {
     socket: OwnedFd,
     segments: Vec<Segment>,
+    frames: Vec<Vec<u8>>,
 }
 
 impl Capture {
@@ -68,6 +69,7 @@ impl Capture {
         Capture {
             socket,
             segments: Vec::new(),
+            frames: Vec::new(),
         }
     }
 
@@ -84,6 +86,12 @@ impl Capture {
             .filter(|segment| segment.destination_port == port)
             .cloned()
             .collect()
+    }
+
+    /// All frames received and sent so far, as they are.
+    pub fn frames(&mut self) -> &[Vec<u8>] {
+        self.drain();
+        &self.frames
     }
 
     fn drain(&mut self) {
@@ -111,6 +119,7 @@ impl Capture {
             if from.sll_pkttype != libc::PACKET_OUTGOING {
                 self.segments.extend(parse(&buffer[..length]));
             }
+            self.frames.push(buffer[..length].to_vec());
         }
         assert_eq!(self.dropped(), 0, "frames lost by the capture");
     }

@@ -8,7 +8,12 @@
 #![allow(dead_code)]
 
 pub mod capture;
+#[path = "../packets/frames.rs"]
+pub mod frames;
 pub mod kernel;
+pub mod klog;
+pub mod malformed;
+pub mod sender;
 pub mod traffic;
 
 use std::fs;
@@ -291,18 +296,19 @@ impl Environment {
 
     /// Segments with a wrong checksum that a host received.
     pub fn checksum_errors(&self, role: Role) -> u64 {
+        self.statistic(role, "Tcp", "InCsumErrors")
+    }
+
+    /// What a host's kernel counted, by the names that `/proc/net/snmp` and `snmp6` have for it.
+    pub fn statistic(&self, role: Role, protocol: &str, name: &str) -> u64 {
+        let read = |file| fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap();
         let namespace = self.namespace(role);
-        let table = namespace
-            .enter(|| fs::read_to_string("/proc/thread-self/net/snmp").unwrap())
-            .unwrap();
-        let mut lines = table.lines().filter(|line| line.starts_with("Tcp:"));
-        let names = lines.next().unwrap().split_whitespace();
-        let values = lines.next().unwrap().split_whitespace();
-        let (_, errors) = names
-            .zip(values)
-            .find(|(name, _)| *name == "InCsumErrors")
-            .unwrap();
-        errors.parse().unwrap()
+        let tables = namespace.enter(|| [read("snmp"), read("snmp6")]).unwrap();
+        let found = match protocol {
+            "Ip6" => single_value(&tables[1], &format!("{protocol}{name}")),
+            _ => row_value(&tables[0], protocol, name),
+        };
+        found.unwrap_or_else(|| panic!("no {protocol} {name}: {tables:?}"))
     }
 
     /// Attachment folders and their generations, `FOLDER/gN`, in order.
@@ -322,6 +328,23 @@ impl Environment {
         found.sort();
         found
     }
+}
+
+/// From a table whose lines are a name and a value.
+fn single_value(table: &str, name: &str) -> Option<u64> {
+    let mut rows = table.lines().map(str::split_whitespace);
+    let mut row = rows.find(|row| row.clone().next() == Some(name))?;
+    row.nth(1)?.parse().ok()
+}
+
+/// From a table of pairs of lines, names and values, which begin with the protocol's name.
+fn row_value(table: &str, protocol: &str, name: &str) -> Option<u64> {
+    let start = format!("{protocol}:");
+    let mut lines = table.lines().filter(|line| line.starts_with(&start));
+    let names = lines.next()?.split_whitespace();
+    let values = lines.next()?.split_whitespace();
+    let (_, value) = names.zip(values).find(|(other, _)| *other == name)?;
+    value.parse().ok()
 }
 
 pub fn text(bytes: &[u8]) -> String {

@@ -2,13 +2,16 @@
 //! TCP connections from the client to the server whose content is checked byte by byte.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::socket::{self, Backlog, SockaddrStorage};
+use nix::sys::time::{TimeVal, TimeValLike};
 use policy_chain::testbed::Role;
 
 use super::Environment;
@@ -32,6 +35,19 @@ impl Noise {
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Less than `bound`.
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next_number() % bound as u64) as usize
+    }
+
+    pub fn one_in(&mut self, count: usize) -> bool {
+        self.below(count) == 0
+    }
+
+    pub fn choose<T: Clone>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())].clone()
     }
 
     /// The next `length` bytes; of a length that eight divides, if more are to follow.
@@ -84,13 +100,41 @@ impl Connection {
             .enter(|| TcpStream::connect_timeout(&address, TIMEOUT))
             .unwrap()
             .unwrap_or_else(|error| panic!("connect to {address}: {error}"));
-        let (server, _) = listener.accept().unwrap();
-        for stream in [&client, &server] {
+        let server = accept(listener);
+        Connection { client, server }.prepared()
+    }
+
+    /// Opens an MPTCP connection.
+    pub fn open_mptcp(environment: &Environment, server: SocketAddr) -> Connection {
+        let listener = environment
+            .namespace(Role::Server)
+            .enter(|| {
+                let socket = mptcp_socket(&server);
+                socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(server)).unwrap();
+                socket::listen(&socket, Backlog::MAXCONN).unwrap();
+                TcpListener::from(socket)
+            })
+            .unwrap();
+        let client = environment
+            .namespace(Role::Client)
+            .enter(|| {
+                let socket = mptcp_socket(&server);
+                socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(server)).unwrap();
+                TcpStream::from(socket)
+            })
+            .unwrap();
+        let server = accept(&listener);
+        Connection { client, server }.prepared()
+    }
+
+    /// With time limits, and without waiting for more to send.
+    fn prepared(self) -> Connection {
+        for stream in [&self.client, &self.server] {
             stream.set_read_timeout(Some(TIMEOUT)).unwrap();
             stream.set_write_timeout(Some(TIMEOUT)).unwrap();
             stream.set_nodelay(true).unwrap();
         }
-        Connection { client, server }
+        self
     }
 
     pub fn client_port(&self) -> u16 {
@@ -115,18 +159,54 @@ impl Connection {
 
     /// Sends `length` bytes to the server and as many back, and compares them.
     pub fn transfer(&mut self, length: usize) {
-        send(&mut self.client, &mut self.server, length);
-        send(&mut self.server, &mut self.client, length);
+        send(&self.client, &self.server, length);
+        send(&self.server, &self.client, length);
     }
 }
 
-fn send(from: &mut TcpStream, to: &mut TcpStream, length: usize) {
+/// The next connection: a client takes for one what the server may not, if its last ACK is lost.
+fn accept(listener: &TcpListener) -> TcpStream {
+    let limit = TimeVal::seconds(TIMEOUT.as_secs() as i64);
+    socket::setsockopt(listener, ReceiveTimeout, &limit).unwrap();
+    let accepted = listener.accept();
+    accepted.unwrap_or_else(|error| panic!("accept: {error}")).0
+}
+
+fn mptcp_socket(address: &SocketAddr) -> OwnedFd {
+    let family = match address {
+        SocketAddr::V4(_) => libc::AF_INET,
+        SocketAddr::V6(_) => libc::AF_INET6,
+    };
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
+    // SAFETY: plain integers; the result is checked before it is owned.
+    let socket = unsafe { libc::socket(family, kind, libc::IPPROTO_MPTCP) };
+    assert!(socket >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: a new descriptor that nobody else owns.
+    unsafe { OwnedFd::from_raw_fd(socket) }
+}
+
+/// Sends within [`TIMEOUT`]: a transfer that goes on, one retransmission after the other, is none.
+fn send(from: &TcpStream, mut to: &TcpStream, length: usize) {
     let content = Noise::new(length as u64).bytes(length);
-    let mut seen = vec![0; length];
+    let mut seen: Vec<u8> = Vec::with_capacity(length);
+    let limit = Instant::now() + TIMEOUT;
     thread::scope(|scope| {
-        let writer = scope.spawn(|| from.write_all(&content));
-        to.read_exact(&mut seen)
-            .unwrap_or_else(|error| panic!("transfer of {length} bytes: {error}"));
+        // `&TcpStream` reads and writes.
+        let mut end = from;
+        let content = &content;
+        let writer = scope.spawn(move || end.write_all(content));
+        let mut chunk = vec![0; CHUNK];
+        while seen.len() < length {
+            match to.read(&mut chunk) {
+                Ok(count @ 1..) if Instant::now() < limit => seen.extend(&chunk[..count]),
+                stalled => {
+                    // Lets go of the writer.
+                    let _ = from.shutdown(Shutdown::Both);
+                    let seen = seen.len();
+                    panic!("transfer: {seen} of {length} bytes in {TIMEOUT:?}: {stalled:?}");
+                }
+            }
+        }
         writer.join().unwrap().unwrap();
     });
     assert!(seen == content, "the content of {length} bytes differs");
@@ -198,7 +278,7 @@ fn write_until(mut client: TcpStream, stop: &AtomicBool) {
         // Enough to keep the path busy, little enough to leave the processor to others.
         thread::sleep(Duration::from_millis(1));
     }
-    client.shutdown(std::net::Shutdown::Write).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
     let mut total = [0; 8];
     client.read_exact(&mut total).unwrap();
     assert_eq!(u64::from_le_bytes(total), sent, "bytes that arrived");

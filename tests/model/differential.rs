@@ -361,6 +361,7 @@ impl Tally {
             "no_neighbour",
             "ttl_expired",
             "unknown_scale",
+            "authenticated",
         ];
         if hook == Hook::Xdp {
             reasons.extend(["checksum_unclear", "checksum_partial"]);

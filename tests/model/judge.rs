@@ -288,7 +288,7 @@ impl Model {
     }
 
     fn set_window(&self, frame: &mut [u8], bytes: u32, raw: bool, max: bool) -> Result<(), Reason> {
-        let segment = layers::tcp(frame)?;
+        let segment = layers::tcp_to_change(frame)?;
         if segment.has(SYN) {
             return Err("syn");
         }
@@ -306,7 +306,7 @@ impl Model {
     }
 
     fn set_mss(&self, frame: &mut [u8], bytes: u16, clamp: bool) -> Result<(), Reason> {
-        let segment = layers::tcp(frame)?;
+        let segment = layers::tcp_to_change(frame)?;
         if !segment.has(SYN) {
             return Err("not_syn");
         }
@@ -330,7 +330,7 @@ impl Model {
         subtype: Option<u8>,
         remove: bool,
     ) -> Result<(), Reason> {
-        let segment = layers::tcp(frame)?;
+        let segment = layers::tcp_to_change(frame)?;
         if subtype.is_some() && kind != MPTCP {
             return Err("option_absent");
         }
@@ -382,7 +382,7 @@ impl Model {
         data: &[u8],
         again: bool,
     ) -> Result<(), Reason> {
-        let segment = layers::tcp(frame)?;
+        let segment = layers::tcp_to_change(frame)?;
         let present = Options::parse(segment.options(frame))?;
         if !again && present.of_kind(kind).next().is_some() {
             return Err("option_present");

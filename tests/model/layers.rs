@@ -55,6 +55,8 @@ pub struct Ip {
     pub piece: Piece,
     /// A routing header names another destination than the IP header does.
     pub detour: bool,
+    /// An authentication header signs the packet.
+    pub signed: bool,
 }
 
 /// An address as what selectors and connections compare: IPv4 as mapped into IPv6 (RFC 4291,
@@ -139,6 +141,7 @@ fn ipv4(frame: &[u8], at: usize) -> Result<Ip, Reason> {
         end: at + length,
         piece,
         detour: false,
+        signed: false,
     })
 }
 
@@ -161,6 +164,7 @@ fn ipv6(frame: &[u8], at: usize) -> Result<Ip, Reason> {
         end: at + IPV6 + length,
         piece: Piece::Whole,
         detour: false,
+        signed: false,
     };
     let mut count = 0;
     while ip.piece != Piece::Later && skip_extension(frame, &mut ip)? {
@@ -198,6 +202,7 @@ fn skip_extension(frame: &[u8], ip: &mut Ip) -> Result<bool, Reason> {
             _ => ip.piece = Piece::Later,
         }
     }
+    ip.signed |= kind == AUTHENTICATION;
     ip.detour |= kind == ROUTING && head[3] != 0;
     Ok(true)
 }
@@ -254,6 +259,15 @@ pub fn tcp(frame: &[u8]) -> Result<Segment, Reason> {
         sequence: header.sequence_number(),
         ip,
     })
+}
+
+/// As [`tcp`], for what changes the segment.
+pub fn tcp_to_change(frame: &[u8]) -> Result<Segment, Reason> {
+    let segment = tcp(frame)?;
+    if segment.ip.signed {
+        return Err("authenticated");
+    }
+    Ok(segment)
 }
 
 impl Segment {

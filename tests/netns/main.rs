@@ -8,7 +8,9 @@ mod common;
 
 mod actions;
 mod devices;
+mod flood;
 mod generations;
 mod jit;
+mod matrix;
 mod verdicts;
 mod windows;

@@ -45,6 +45,7 @@ pub struct Bench {
     told: bool,
     runner: Runner,
     ids: BTreeMap<String, u32>,
+    runs: u64,
 }
 
 /// What one packet must come out as.
@@ -74,6 +75,7 @@ impl Bench {
                 .any(|told| file["chains"][0]["attach"][0]["checksum"] == *told),
             runner,
             ids: names.zip(1..).collect(),
+            runs: 0,
         }
     }
 
@@ -102,6 +104,7 @@ impl Bench {
     /// Runs a frame and checks what holds for every packet and every chain.
     pub fn run(&mut self, what: &str, frame: &[u8]) -> Outcome {
         let hook = self.hook;
+        self.runs += 1;
         let outcome = self
             .runner
             .run(frame)
@@ -153,6 +156,13 @@ impl Bench {
             hex(want.frame),
             "frame: {what} on {hook}: {text}"
         );
+    }
+}
+
+/// Whoever shows the output of tests can add up how many packets ran (`make kernels` does).
+impl Drop for Bench {
+    fn drop(&mut self) {
+        println!("{} packets", self.runs);
     }
 }
 

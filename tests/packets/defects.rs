@@ -314,3 +314,18 @@ fn a_length_of_0_taken_for_a_super_packet() {
         act(action, &rows);
     }
 }
+
+/// What an authentication header signs must arrive as it was sent.
+#[test]
+fn authenticated_packets_are_not_changed() {
+    for action in on_options().into_iter().chain([window()]) {
+        let frame = v6()
+            // 16 bytes: the field is their words less 2 (RFC 4302, 2.2)
+            .extension(
+                AUTHENTICATION,
+                &[0, 2, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 7, 7, 7, 7],
+            )
+            .options(&words(&[&add_addr(8)]));
+        act(action, &[leaves("AH", &frame, "authenticated")]);
+    }
+}
