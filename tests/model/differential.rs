@@ -22,7 +22,7 @@ use crate::sums::{self, Kind};
 pub const GONE: (&str, u32) = ("gone", 1000);
 
 /// Most bytes that the kernel's test run takes on TC.
-const TC_MOST: usize = 3712;
+pub const TC_MOST: usize = 3712;
 /// Most that it takes on XDP, with some distance.
 const XDP_MOST: usize = 65536;
 
@@ -219,6 +219,8 @@ pub struct Tally {
     resized: u64,
     matched: u64,
     by_device: u64,
+    /// Number of the chain from which on another one may use a device.
+    pub next_by_device: u64,
     /// Not run, to save time.
     pub skipped: u64,
     tcp: u64,

@@ -6,9 +6,9 @@ use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use serde_json::Value;
 
-use crate::differential::{Replayer, Session, Tally, needs_device, row};
+use crate::differential::{Replayer, Session, TC_MOST, Tally, needs_device, row};
 use crate::packet::Packet;
-use crate::{generate_chains, generate_packets};
+use crate::{generate_chains, generate_packets, layers};
 
 /// Packets that each chain gets: loading one takes as long as many hundred packets.
 const PACKETS: usize = 600;
@@ -55,8 +55,24 @@ pub fn search(hook: Hook, packets: u64, seed: u64) -> Tally {
     tally
 }
 
-fn is_tagged(frame: &[u8]) -> bool {
-    matches!(frame[12..14], [0x81, 0x00] | [0x88, 0xa8])
+/// Whether TC sees less of a frame on a device than there is in it: before ingress the outer tag is
+/// taken out; and of a long packet, headers behind the first ones may be where programs cannot
+/// reach them.
+fn device_alters(hook: Hook, frame: &[u8]) -> bool {
+    let is_tagged = matches!(frame[12..14], [0x81, 0x00] | [0x88, 0xa8]);
+    let is_extended = match layers::ip(frame) {
+        Ok(ip) => ip.transport > ip.at + 60,
+        Err(_) => true,
+    };
+    (hook == Hook::TcIngress && is_tagged) || (frame.len() > TC_MOST && is_extended)
+}
+
+/// Whether a chain redirects: in the namespace of a carrier to whatever has the device's number
+/// there.
+fn redirects(file: &Value) -> bool {
+    let chains = file["chains"].as_array().into_iter().flatten();
+    let mut actions = chains.flat_map(|chain| chain["actions"].as_array().into_iter().flatten());
+    actions.any(|action| action["action"] == "redirect")
 }
 
 /// Runs packets through a chain, up to the first that the model sees another way: then an error
@@ -70,7 +86,8 @@ fn run(
     let mut session =
         Session::new(file, hook).unwrap_or_else(|error| panic!("{hook}: {error}\n{file}"));
     tally.chains += 1;
-    let mut by_device = if tally.chains % CHAINS_BY_DEVICE == 1 {
+    let mut by_device = if tally.chains >= tally.next_by_device && !redirects(file) {
+        tally.next_by_device = tally.chains + CHAINS_BY_DEVICE;
         BY_DEVICE
     } else {
         0
@@ -79,9 +96,7 @@ fn run(
     for (number, tree) in trees.iter().enumerate() {
         let frame = tree.current().build();
         if needs_device(hook, &frame) {
-            // a device takes the outer tag out of the frame before TC sees it
-            let is_changed = hook == Hook::TcIngress && is_tagged(&frame);
-            if by_device == 0 || is_changed {
+            if by_device == 0 || device_alters(hook, &frame) {
                 tally.skipped += 1;
                 continue;
             }

@@ -46,7 +46,11 @@ pub fn route(from: IpAddr, to: IpAddr) -> Hop {
         .find(|(address, _)| address.parse::<IpAddr>().unwrap() == to);
     let on_link = match to {
         IpAddr::V4(to) => (0x0a00_0001..=0x0a00_00fd).contains(&to.to_bits()),
-        IpAddr::V6(to) => to.to_bits() >> 64 == 0x2001_0db8_0000_0000,
+        IpAddr::V6(to) => {
+            let host = to.to_bits() as u64;
+            // ours, and that of any router (RFC 4291, 2.6.1)
+            to.to_bits() >> 64 == 0x2001_0db8_0000_0000 && host != 0xfe && host != 0
+        }
     };
     match known {
         Some((_, next)) => Hop::To {
