@@ -13,12 +13,14 @@ SUDO := $(shell command -v sudo)
 TEST_FLAGS = --config "target.'cfg(unix)'.runner = ['$(SUDO)', '-E', 'env', 'PATH=$(PATH)']"
 endif
 
-.PHONY: help build demo test kernels replay-corpus mutants lint schema docs vmlinux install-deps \
-	root clean
+.PHONY: help build demo test soak kernels replay-corpus mutants lint schema docs vmlinux \
+	install-deps root clean
 
 help:
 	@echo "make demo      see it work: builds, and runs a chain on real TCP in network namespaces"
 	@echo "make test      run all tests"
+	@echo "make soak N=5000000 [SEED=7]"
+	@echo "               random packets through random chains, compared with a model of the policies"
 	@echo "make replay-corpus DIR=FOLDER"
 	@echo "               run a folder of captures through every action, and check what comes out"
 	@echo "make kernels   run the programs on other kernels, in qemu (part of make test)"
@@ -57,6 +59,14 @@ replay-corpus: install-deps root
 
 mutants: install-deps root
 	tools/mutants.sh
+
+# As in `make test`, but as many packets as wanted, and others for another SEED.
+N ?= 1000000
+SEED ?= 1
+soak: export MODEL_PACKETS = $(N)
+soak: export MODEL_SEED = $(SEED)
+soak: install-deps root
+	$(CARGO) test $(TEST_FLAGS) --release --test model -- --show-output
 
 lint: install-deps
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 || \

@@ -1,0 +1,577 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a chain must make of a packet, by the documents alone.
+
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+
+use policy_chain::hook::{Family, Hook};
+use policy_chain::replay::Verdict;
+use serde_json::Value;
+
+use crate::chain::{Action, Argument, Asks, Chain, Condition, End, File, Key, Number, OnError};
+use crate::chain::{Selector, Then, What};
+use crate::flows::Flows;
+use crate::layers::{self, Ip, Piece, Reason, SYN, Segment, TCP, UDP};
+use crate::options::{self, MPTCP, MSS, NOP, Options, ROOM};
+use crate::sums::{self, Kind};
+use crate::world::{self, Hop};
+
+pub const MAIN: &str = "main";
+/// Shortest Ethernet frame, without its check sequence.
+const ETHERNET_MIN: usize = 60;
+/// No header grows the packets of a test run past what the loopback device takes.
+const MTU: usize = 65536;
+
+/// Options with a length.
+const KINDS: RangeInclusive<u64> = 2..=255;
+/// RFC 7323, 2.3: 65535 shifted by 14 bits.
+const WINDOW_MAX: u64 = 65535 << 14;
+
+/// What must come of a packet.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    pub verdict: Verdict,
+    pub frame: Vec<u8>,
+    pub matched: bool,
+    /// What everybody is told of its checksum.
+    pub checksum: Option<Kind>,
+    pub reasons: Vec<Reason>,
+    /// What happened on the way, for statistics.
+    pub events: Vec<Event>,
+}
+
+#[derive(Clone, Debug)]
+pub enum Event {
+    Selector {
+        policy: String,
+        matched: bool,
+    },
+    Action {
+        policy: String,
+        done: bool,
+        changed: bool,
+    },
+}
+
+/// A chain on a hook, and what it remembers.
+pub struct Model {
+    hook: Hook,
+    file: File,
+    flows: Flows,
+}
+
+/// The element that matched; `None` where none did.
+type Element = Option<Argument>;
+
+enum Step {
+    Next,
+    End(Verdict),
+    Goto(String),
+}
+
+impl Model {
+    pub fn new(file: &Value, hook: Hook) -> Model {
+        Model {
+            hook,
+            file: File::new(file),
+            flows: Flows::default(),
+        }
+    }
+
+    /// Whether what it says of a packet depends on those before.
+    pub fn remembers(&self) -> bool {
+        let actions = self.file.0.values().flat_map(|chain| &chain.actions);
+        let mut whats = actions.map(|action| &action.what);
+        whats.any(|what| matches!(what, What::SetWindow { raw: false, .. }))
+    }
+
+    pub fn judge(&mut self, frame: &[u8]) -> Expected {
+        self.flows.learn(frame);
+        let mut packet = Expected {
+            verdict: Verdict::Pass,
+            frame: frame.to_vec(),
+            matched: false,
+            checksum: self.told(),
+            reasons: Vec::new(),
+            events: Vec::new(),
+        };
+        packet.verdict = self.enter(MAIN, &mut packet);
+        packet
+    }
+
+    fn enter(&self, name: &str, packet: &mut Expected) -> Verdict {
+        let chain = &self.file.0[name];
+        let Some(element) = self.select(chain, packet) else {
+            return Verdict::Pass;
+        };
+        packet.matched |= name == MAIN;
+        for action in &chain.actions {
+            let before = packet.frame.clone();
+            let step = self.act(action, &element, &mut packet.frame);
+            packet.events.push(Event::Action {
+                policy: action.policy.clone(),
+                done: step.is_ok(),
+                changed: before != packet.frame,
+            });
+            match step {
+                Ok(Step::Next) => {}
+                Ok(Step::End(verdict)) => return verdict,
+                Ok(Step::Goto(name)) => return self.enter(&name, packet),
+                Err(reason) => {
+                    packet.frame = before;
+                    packet.reasons.push(reason);
+                    match action.on_error {
+                        OnError::Continue => {}
+                        OnError::Pass => return Verdict::Pass,
+                        OnError::Drop => return Verdict::Drop,
+                    }
+                }
+            }
+        }
+        match &chain.then {
+            Then::Pass => Verdict::Pass,
+            Then::Drop => Verdict::Drop,
+            Then::Goto(name) => self.enter(name, packet),
+        }
+    }
+
+    /// The element of the alternative that matches.
+    fn select(&self, chain: &Chain, packet: &mut Expected) -> Option<Element> {
+        if chain.alternatives.is_empty() {
+            return Some(None);
+        }
+        chain
+            .alternatives
+            .iter()
+            .find_map(|alternative| self.all_match(alternative, packet))
+    }
+
+    fn all_match(&self, selectors: &[Selector], packet: &mut Expected) -> Option<Element> {
+        let mut element = None;
+        for selector in selectors {
+            let found = match self.matches(selector, &packet.frame) {
+                Ok(found) => found,
+                Err(reason) => {
+                    packet.reasons.push(reason);
+                    return None;
+                }
+            };
+            packet.events.push(Event::Selector {
+                policy: selector.policy.clone(),
+                matched: found.is_some(),
+            });
+            match (found, selector.not) {
+                (Some(Some(key)), false) => element = key.argument.clone(),
+                (Some(None), false) | (None, true) => {}
+                (None, false) | (Some(_), true) => return None,
+            }
+        }
+        Some(element)
+    }
+
+    /// Whether a selector matches, and the key by which it does.
+    fn matches<'a>(
+        &self,
+        selector: &'a Selector,
+        frame: &[u8],
+    ) -> Result<Option<Option<&'a Key>>, Reason> {
+        let subject = match Subject::of(frame, selector.asks) {
+            Err("not_ip" | "not_tcp") => return Ok(None),
+            other => other?,
+        };
+        if selector.asks == Asks::PortsOnly && !subject.ip.has_ports() {
+            return Ok(None);
+        }
+        let holds = |conditions: &[Condition]| {
+            conditions
+                .iter()
+                .all(|condition| subject.meets(condition, self.hook))
+        };
+        if !holds(&selector.conditions) {
+            return Ok(None);
+        }
+        let Some(keys) = &selector.keys else {
+            return Ok(Some(None));
+        };
+        let found = keys.iter().filter(|key| holds(&key.conditions));
+        Ok(found.max_by_key(|key| key.length()).map(Some))
+    }
+
+    fn act(&self, action: &Action, element: &Element, frame: &mut Vec<u8>) -> Result<Step, Reason> {
+        let number = |number: Number, range: RangeInclusive<u64>| match (number, element) {
+            (Number::Is(value), _) => Ok(value),
+            (Number::FromElement, None) => Err("no_element"),
+            (Number::FromElement, Some(Argument::Number(value))) if range.contains(value) => {
+                Ok(*value as u32)
+            }
+            (Number::FromElement, Some(_)) => Err("bad_argument"),
+        };
+        match &action.what {
+            What::Count => {}
+            What::Pass => return Ok(Step::End(Verdict::Pass)),
+            What::Drop => return Ok(Step::End(Verdict::Drop)),
+            What::Goto(Some(name)) => return Ok(Step::Goto(name.clone())),
+            What::Goto(None) => {
+                return match element {
+                    None => Err("no_element"),
+                    Some(Argument::Number(_)) => Err("bad_argument"),
+                    Some(Argument::Chain(name)) if !self.file.0.contains_key(name) => {
+                        Err("no_chain")
+                    }
+                    Some(Argument::Chain(name)) => Ok(Step::Goto(name.clone())),
+                };
+            }
+            What::Redirect {
+                neighbour,
+                src_mac,
+                dst_mac,
+            } => {
+                self.redirect(frame, *neighbour, *src_mac, *dst_mac)?;
+                return Ok(Step::End(Verdict::Redirect));
+            }
+            What::InsertOption { kind, data, again } => {
+                let kind = number(*kind, KINDS)? as u8;
+                self.insert_option(frame, kind, data, *again)?;
+            }
+            What::StripOption {
+                kind,
+                subtype,
+                remove,
+            } => {
+                let kind = number(*kind, KINDS)? as u8;
+                self.strip_option(frame, kind, *subtype, *remove)?;
+            }
+            What::SetMss { bytes, clamp } => {
+                let bytes = number(*bytes, 1..=0xffff)? as u16;
+                self.set_mss(frame, bytes, *clamp)?;
+            }
+            What::SetWindow { bytes, raw, max } => {
+                let most = if *raw { 0xffff } else { WINDOW_MAX };
+                let bytes = number(*bytes, 0..=most)?;
+                self.set_window(frame, bytes, *raw, *max)?;
+            }
+        }
+        Ok(Step::Next)
+    }
+
+    /// What is said of the checksums of all packets: by the chain file, or on TC by the kernel,
+    /// to which those of a test run are complete.
+    fn told(&self) -> Option<Kind> {
+        match self.hook.family() {
+            Family::Xdp => self.file.0[MAIN].checksum,
+            Family::Tc => Some(Kind::Complete),
+        }
+    }
+
+    /// How far the checksum of a segment that is to be changed is done.
+    fn checksum(&self, frame: &[u8], ip: &Ip) -> Result<Kind, Reason> {
+        match self.told().unwrap_or_else(|| Kind::on_xdp(frame, ip)) {
+            Kind::Unclear => Err("checksum_unclear"),
+            kind => Ok(kind),
+        }
+    }
+
+    /// Puts other bytes in the place of as many at `offset` of the TCP header.
+    fn overwrite(
+        &self,
+        frame: &mut [u8],
+        segment: &Segment,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), Reason> {
+        let kind = self.checksum(frame, &segment.ip)?;
+        let before = frame.to_vec();
+        let at = segment.ip.transport + offset;
+        frame[at..at + bytes.len()].copy_from_slice(bytes);
+        sums::update(kind, (&before, &segment.ip), (frame, &segment.ip));
+        Ok(())
+    }
+
+    fn set_window(&self, frame: &mut [u8], bytes: u32, raw: bool, max: bool) -> Result<(), Reason> {
+        let segment = layers::tcp_to_change(frame)?;
+        if segment.has(SYN) {
+            return Err("syn");
+        }
+        let field = if raw {
+            bytes
+        } else {
+            let scale = self.flows.scale(&segment).ok_or("unknown_scale")?;
+            (bytes >> scale).clamp(u32::from(bytes > 0), 0xffff)
+        };
+        let present = sums::read(frame, segment.ip.transport + 14);
+        if max && u32::from(present) <= field {
+            return Err("not_lower");
+        }
+        self.overwrite(frame, &segment, 14, &(field as u16).to_be_bytes())
+    }
+
+    fn set_mss(&self, frame: &mut [u8], bytes: u16, clamp: bool) -> Result<(), Reason> {
+        let segment = layers::tcp_to_change(frame)?;
+        if !segment.has(SYN) {
+            return Err("not_syn");
+        }
+        let mut options = Options::parse(segment.options(frame))?;
+        let mut found = options.list.iter_mut().filter(|option| option[0] == MSS);
+        let option = found.next().ok_or("option_absent")?;
+        if found.next().is_some() || option.len() != 4 {
+            return Err("bad_option");
+        }
+        if clamp && sums::read(option, 2) <= bytes {
+            return Err("not_lower");
+        }
+        option[2..].copy_from_slice(&bytes.to_be_bytes());
+        self.overwrite(frame, &segment, 20, &options.bytes())
+    }
+
+    fn strip_option(
+        &self,
+        frame: &mut Vec<u8>,
+        kind: u8,
+        subtype: Option<u8>,
+        remove: bool,
+    ) -> Result<(), Reason> {
+        let segment = layers::tcp_to_change(frame)?;
+        if subtype.is_some() && kind != MPTCP {
+            return Err("option_absent");
+        }
+        let mut options = Options::parse(segment.options(frame))?;
+        let wanted = |option: &options::Bytes| {
+            let first = option.get(2).map(|byte| byte >> 4);
+            option[0] == kind && (subtype.is_none() || first == subtype)
+        };
+        if !options.list.iter().any(wanted) {
+            return Err("option_absent");
+        }
+        if remove {
+            options.list.retain(|option| !wanted(option));
+            return self.shrink(frame, &segment, &options::fill(&options.trimmed(), 0));
+        }
+        for option in options.list.iter_mut().filter(|option| wanted(option)) {
+            option.fill(NOP);
+        }
+        self.overwrite(frame, &segment, 20, &options.bytes())
+    }
+
+    /// Gives a segment an option space that may be shorter.
+    fn shrink(&self, frame: &mut Vec<u8>, segment: &Segment, options: &[u8]) -> Result<(), Reason> {
+        let by = segment.header - 20 - options.len();
+        if by == 0 {
+            return self.overwrite(frame, segment, 20, options);
+        }
+        let kind = self.checksum(frame, &segment.ip)?;
+        if segment.ip.piece != Piece::Whole {
+            return Err("fragment");
+        }
+        if !segment.is_bare() && kind == Kind::Partial {
+            return Err("checksum_partial");
+        }
+        let mut after = frame.clone();
+        if segment.is_bare() {
+            after.truncate((segment.ip.end - by).max(frame.len().min(ETHERNET_MIN)));
+        } else {
+            after.drain(segment.payload() - by..segment.payload());
+        }
+        resize(frame, segment, kind, after, options);
+        Ok(())
+    }
+
+    fn insert_option(
+        &self,
+        frame: &mut Vec<u8>,
+        kind: u8,
+        data: &[u8],
+        again: bool,
+    ) -> Result<(), Reason> {
+        let segment = layers::tcp_to_change(frame)?;
+        let present = Options::parse(segment.options(frame))?;
+        if !again && present.of_kind(kind).next().is_some() {
+            return Err("option_present");
+        }
+        let room = segment.header - 20;
+        let whole = segment.ip.piece == Piece::Whole;
+        let may_grow_to = |length: usize| {
+            let packet = segment.payload() - room + length - segment.ip.at;
+            segment.is_bare() && whole && length <= ROOM && packet <= MTU
+        };
+        let option = [&[kind, 2 + data.len() as u8], data].concat();
+        let with = |mut list: Vec<options::Bytes>| {
+            list.push(option.clone());
+            options::fill(&list, room)
+        };
+        let appended = with(present.trimmed());
+        let squeezed = with(present.of_other_kinds(NOP));
+        let options = if segment.is_bare()
+            && whole
+            && (appended.len() == room || may_grow_to(appended.len()))
+        {
+            appended
+        } else if squeezed.len() == room || may_grow_to(squeezed.len()) {
+            squeezed
+        } else {
+            return Err("no_room");
+        };
+        let by = options.len() - room;
+        if by == 0 {
+            return self.overwrite(frame, &segment, 20, &options);
+        }
+        let kind = self.checksum(frame, &segment.ip)?;
+        let mut after = frame.clone();
+        if self.hook.family() == Family::Tc {
+            // what a device summed up over the padding goes with it
+            after.truncate(segment.ip.end);
+        }
+        after.resize(frame.len().max(segment.ip.end + by), 0);
+        resize(frame, &segment, kind, after, &options);
+        Ok(())
+    }
+
+    fn redirect(
+        &self,
+        frame: &mut [u8],
+        neighbour: bool,
+        src_mac: Option<[u8; 6]>,
+        dst_mac: Option<[u8; 6]>,
+    ) -> Result<(), Reason> {
+        let ip = layers::ip(frame);
+        let (mut src, mut dst) = (src_mac, dst_mac);
+        if neighbour {
+            let ip = ip.as_ref().map_err(|reason| *reason)?;
+            let at = ip.at + if ip.src.is_ipv4() { 8 } else { 7 };
+            if frame[at] <= 1 {
+                return Err("ttl_expired");
+            }
+            // the kernel compares the length of packets it knows with the MTU
+            let fits = self.hook.family() == Family::Xdp || frame.len() <= world::LONGEST;
+            match world::route(ip.src, ip.dst) {
+                Hop::To { .. } if !fits => return Err("no_route"),
+                Hop::Nowhere => return Err("no_route"),
+                Hop::Unknown => return Err("no_neighbour"),
+                Hop::To { own, next } => (src, dst) = (Some(own), Some(next)),
+            }
+        }
+        if let (false, Ok(ip)) = (self.told() == Some(Kind::Complete), &ip) {
+            finish(frame, ip)?;
+        }
+        if let Some(mac) = dst {
+            frame[..6].copy_from_slice(&mac);
+        }
+        if let Some(mac) = src {
+            frame[6..12].copy_from_slice(&mac);
+        }
+        match ip {
+            Ok(ip) if neighbour => lower_ttl(frame, &ip),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Puts the frame `after`, of the length it shall have, and with another option space, in the
+/// place of `frame`.
+fn resize(frame: &mut Vec<u8>, segment: &Segment, kind: Kind, mut after: Vec<u8>, options: &[u8]) {
+    let at = segment.ip.transport + 20;
+    after[at..at + options.len()].copy_from_slice(options);
+    let words = (20 + options.len()) / 4;
+    let low = after[segment.ip.transport + 12] & 0xf;
+    after[segment.ip.transport + 12] = (words as u8) << 4 | low;
+    let mut ip = segment.ip.clone();
+    ip.end = ip.end + 20 + options.len() - segment.header;
+    match ip.src {
+        IpAddr::V4(_) => {
+            let length = (ip.end - ip.at) as u16;
+            sums::write(&mut after, ip.at + 2, length);
+            sums::update_header(&frame[ip.at..ip.transport], &mut after[ip.at..ip.transport]);
+        }
+        IpAddr::V6(_) => {
+            let length = (ip.end - ip.at - 40) as u16;
+            sums::write(&mut after, ip.at + 4, length);
+        }
+    }
+    sums::update(kind, (frame, &segment.ip), (&mut after, &ip));
+    *frame = after;
+}
+
+/// Completes a checksum that nobody behind XDP would.
+fn finish(frame: &mut [u8], ip: &Ip) -> Result<(), Reason> {
+    let sums_up = [TCP, UDP].contains(&ip.protocol) && ip.piece == Piece::Whole;
+    if !sums_up {
+        return Ok(());
+    }
+    if ip.detour {
+        return Err("checksum_unclear");
+    }
+    let at = sums::field_at(ip);
+    if at + 2 > ip.end || at + 2 > frame.len() {
+        return Ok(());
+    }
+    match Kind::on_xdp(frame, ip) {
+        Kind::Complete => Ok(()),
+        Kind::Partial | Kind::Unclear if ip.end > frame.len() => Err("checksum_partial"),
+        Kind::Partial | Kind::Unclear => {
+            sums::complete(frame, ip);
+            Ok(())
+        }
+    }
+}
+
+fn lower_ttl(frame: &mut [u8], ip: &Ip) {
+    match ip.src {
+        IpAddr::V4(_) => {
+            let header = ip.at..ip.transport.min(frame.len());
+            let before = frame[header.clone()].to_vec();
+            frame[ip.at + 8] -= 1;
+            sums::update_header(&before, &mut frame[header]);
+        }
+        IpAddr::V6(_) => frame[ip.at + 7] -= 1,
+    }
+}
+
+/// What a selector sees of a packet.
+struct Subject {
+    ip: Ip,
+    ports: layers::Ports,
+    flags: u16,
+}
+
+impl Subject {
+    fn of(frame: &[u8], asks: Asks) -> Result<Subject, Reason> {
+        if asks == Asks::Tcp {
+            let segment = layers::tcp(frame)?;
+            return Ok(Subject {
+                ip: segment.ip,
+                ports: segment.ports,
+                flags: segment.flags,
+            });
+        }
+        let ip = layers::ip(frame)?;
+        let ports = match asks {
+            Asks::Ports | Asks::PortsOnly => ip.ports(frame)?,
+            Asks::Addresses | Asks::Tcp => (0, 0),
+        };
+        Ok(Subject {
+            ip,
+            ports,
+            flags: 0,
+        })
+    }
+
+    fn meets(&self, condition: &Condition, hook: Hook) -> bool {
+        let is_source = |end: End| match end {
+            End::Src => true,
+            End::Dst => false,
+            End::Local => !hook.is_ingress(),
+            End::Remote => hook.is_ingress(),
+        };
+        match condition {
+            Condition::Address(end, network) if is_source(*end) => network.holds(self.ip.src),
+            Condition::Address(_, network) => network.holds(self.ip.dst),
+            Condition::Port(end, ports) if is_source(*end) => ports.holds(self.ports.0),
+            Condition::Port(_, ports) => ports.holds(self.ports.1),
+            Condition::EitherPort(ports) => ports.holds(self.ports.0) || ports.holds(self.ports.1),
+            Condition::Protocol(protocol) => self.ip.protocol == *protocol,
+            Condition::AllFlags(flags) => self.flags & flags == *flags,
+            Condition::AnyFlag(flags) => self.flags & flags != 0,
+            Condition::NoFlag(flags) => self.flags & flags == 0,
+        }
+    }
+}
