@@ -477,7 +477,8 @@ impl Selector {
         let not = members.flag("not");
         let named = members.text("set").map(|set| &elements[set]);
         let keys = members.get("keys").or(named);
-        let keys = keys.map(|keys| keys.as_array().unwrap());
+        // a set without elements is empty
+        let keys = keys.map(|keys| keys.as_array().map_or(&[][..], Vec::as_slice));
         let mut conditions = Vec::new();
         let mut end = End::Remote;
         let mut reverse = false;

@@ -76,7 +76,8 @@ impl Flows {
             },
             (Some(_), _) => Connection {
                 syn: first,
-                responder: Some(receiver),
+                // a socket that talks to itself is both ends at once
+                responder: Some(receiver).filter(|_| sender != receiver),
                 ..Connection::default()
             },
         };
@@ -96,7 +97,10 @@ impl Flows {
         let (sender, receiver) = ends(segment);
         let connection = self.0.get(&key(sender, receiver))?;
         let own = connection.offers.get(&sender);
-        let other = connection.offers.get(&receiver);
+        let other = connection
+            .offers
+            .get(&receiver)
+            .filter(|_| sender != receiver);
         match (own, other) {
             (Some(Offer::Nothing), _) | (_, Some(Offer::Nothing)) => Some(0),
             (Some(Offer::Scale(scale)), Some(_)) => Some(*scale),
