@@ -27,7 +27,7 @@ help:
 	@echo "make mutants   break the checksum code in several ways, and see the tests fail"
 	@echo "make build     build target/release/policy-chain"
 	@echo "make lint      formatting, compiler and clippy warnings, scripts"
-	@echo "make docs      make docs/policies.md and the JSON Schema again, from the code"
+	@echo "make docs      make docs/policies.md, the tables of docs/packets.md and the JSON Schema again"
 	@echo "make vmlinux   make src/bpf/vmlinux.h again, from the running kernel"
 	@echo "make clean     remove what was built"
 
@@ -79,8 +79,9 @@ lint: install-deps
 	done
 
 # Tests compare what these make with the code.
-docs: schema
+docs: schema root
 	WRITE_DOCS=1 $(CARGO) test --test docs policies_are_current
+	WRITE_DOCS=1 $(CARGO) test $(TEST_FLAGS) --test packets tables_are_current
 
 schema: install-deps
 	$(CARGO) run -- schema >schema/chain-file.schema.json.new

@@ -16,12 +16,13 @@ use policy_chain::policy::{self, Registry};
 use policy_chain::spec::Spec;
 
 /// Those that people write.
-const WRITTEN: [&str; 5] = [
+const WRITTEN: [&str; 6] = [
     "README.md",
     "chains/README.md",
     "docs/architecture.md",
     "docs/chain-file.md",
     "docs/output.md",
+    "docs/packets.md",
 ];
 
 fn root() -> PathBuf {

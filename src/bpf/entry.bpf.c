@@ -27,26 +27,43 @@ const volatile struct shared_types shared_types;
 
 #include <bpf/bpf_core_read.h>
 
-/* Since Linux 6.2; before, the helpers that update checksums have to find out. */
+/* Since Linux 6.2. Before, the helpers that update checksums have to find out. */
 extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym __weak;
 
-/* The part of the kernel's struct sk_buff that is read. Its place comes from the kernel's BTF. */
-struct sk_buff___checksum {
+/* What is read of the kernel's struct sk_buff. Where it is comes from the kernel's BTF. */
+struct sk_buff___entry {
+	unsigned char *head;
+	unsigned char *data;
+	__u16 network_header; /* counts from `head` */
 	__u8 ip_summed : 2;
 } __attribute__((preserve_access_index));
 
-#define CHECKSUM_PARTIAL_SKB 3 /* the kernel's CHECKSUM_PARTIAL */
+#define SKB_CHECKSUM_PARTIAL 3 /* CHECKSUM_PARTIAL of linux/skbuff.h */
 
 static __always_inline enum checksum packet_checksum(hook_ctx *ctx)
 {
-	struct sk_buff___checksum *skb;
+	struct sk_buff___entry *skb;
 
 	if (!bpf_cast_to_kern_ctx)
 		return CHECKSUM_AUTO;
 	skb = bpf_cast_to_kern_ctx(ctx);
-	return BPF_CORE_READ_BITFIELD(skb, ip_summed) == CHECKSUM_PARTIAL_SKB ?
+	return BPF_CORE_READ_BITFIELD(skb, ip_summed) == SKB_CHECKSUM_PARTIAL ?
 		       CHECKSUM_PARTIAL :
 		       CHECKSUM_COMPLETE;
+}
+
+/*
+ * Whether the packet begins with IP although its device has link headers: what generic XDP
+ * copied has lost the length of its own (Linux 6.8 and later), so TC begins behind it.
+ */
+static __always_inline bool packet_lost_link(hook_ctx *ctx)
+{
+	struct sk_buff___entry *skb;
+
+	if (node.flags & NODE_NO_LINK || !(node.flags & NODE_INGRESS) || !bpf_cast_to_kern_ctx)
+		return false;
+	skb = bpf_cast_to_kern_ctx(ctx);
+	return skb->data - skb->head == skb->network_header;
 }
 
 #else
@@ -55,6 +72,11 @@ static __always_inline enum checksum packet_checksum(hook_ctx *ctx)
 static __always_inline enum checksum packet_checksum(hook_ctx *ctx)
 {
 	return CHECKSUM_AUTO;
+}
+
+static __always_inline bool packet_lost_link(hook_ctx *ctx)
+{
+	return false;
 }
 
 #endif
@@ -69,6 +91,10 @@ int pc_entry(hook_ctx *ctx)
 		return HOOK_PASS;
 	stats->seen++;
 	count_packet(ctx, stats);
+	if (packet_lost_link(ctx)) {
+		count_reason(stats, REASON_NO_LINK_HEADER);
+		return HOOK_PASS;
+	}
 	if (node.carrier != CARRIER_NONE)
 		reason = context_open(ctx, node.carrier, packet_checksum(ctx));
 	if (reason)

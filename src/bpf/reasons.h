@@ -15,7 +15,7 @@ enum reason {
 	REASON_NOT_SYN,
 	REASON_FRAGMENT,	/* not the first fragment: no transport header */
 	REASON_SYN,		/* the field means something else on a SYN */
-	REASON_NO_LINK_HEADER,	/* the device has none, and the action writes one */
+	REASON_NO_LINK_HEADER,	/* none, and the action writes one, or the device has them */
 	/* The packet is not what it claims to be. */
 	REASON_TRUNCATED,	/* a header ends behind the packet, or in its non-linear part */
 	REASON_BAD_HEADER,	/* a length field contradicts another */

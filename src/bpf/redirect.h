@@ -120,7 +120,10 @@ static __always_inline bool xdp_is_generic(void)
 
 /*
  * Completes a partial checksum: what native XDP sends on is a bare frame, which nobody
- * completes any more. REASON_CHECKSUM_*: it cannot be done, and the packet is untouched.
+ * completes any more. Generic XDP sends an skb that still says it is partial, but past the
+ * code that completes it for a device that cannot: whatever stood in the field would be wrong
+ * on one device or the other. REASON_CHECKSUM_*: it cannot be done, and the packet is
+ * untouched.
  */
 static __always_inline enum reason checksum_finish(hook_ctx *ctx, const struct headers *at)
 {
@@ -136,7 +139,7 @@ static __always_inline enum reason checksum_finish(hook_ctx *ctx, const struct h
 		offset += UDP_CHECK_OFFSET;
 	else
 		return REASON_NONE;
-	if (at->fragmented || node.checksum == CHECKSUM_COMPLETE || xdp_is_generic())
+	if (at->fragmented || node.checksum == CHECKSUM_COMPLETE)
 		return REASON_NONE;
 	if (at->routed)
 		return REASON_CHECKSUM_UNCLEAR;
@@ -148,6 +151,11 @@ static __always_inline enum reason checksum_finish(hook_ctx *ctx, const struct h
 		return REASON_NONE;
 	sum = pkt_sum(ctx, at->transport, at->end - at->transport, 0);
 	if (sum == SUM_REFUSED)
+		return REASON_CHECKSUM_PARTIAL;
+	/* by chance it is the same, complete or partial */
+	if (csum_fold(pseudo + sum) == 0xffff)
+		return REASON_NONE;
+	if (xdp_is_generic())
 		return REASON_CHECKSUM_PARTIAL;
 	check = pkt_at(ctx, offset, sizeof(*check));
 	if (!check)

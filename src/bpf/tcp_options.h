@@ -443,16 +443,25 @@ static __always_inline enum reason pkt_cut(hook_ctx *ctx, __u32 keep, __u32 by)
 	return pkt_store(ctx, 0, scratch->bytes, keep) ? REASON_HALF_DONE : REASON_NONE;
 }
 
-/* Makes a frame shorter whose TCP header, at its end, becomes `by` bytes shorter. */
+/*
+ * Makes a frame shorter whose TCP header, at its end, becomes `by` bytes shorter. What the
+ * header leaves behind in the shortest of frames becomes 0: a device that completes a partial
+ * checksum adds up all of the frame.
+ */
 static __always_inline enum reason pkt_shrink(hook_ctx *ctx, const struct segment *segment,
 					      __u32 by)
 {
-	__u32 have = pkt_length(ctx), length = segment->at.end - by;
+	__u32 have = pkt_length(ctx), end = segment->at.end - by, length = end;
+	__u8 zeros[8] = {}; /* headers take at least 54 bytes of the 60 */
+	__u32 left;
 
 	if (length < ETH_ZLEN)
 		length = have < ETH_ZLEN ? have : ETH_ZLEN;
 	if (length < have && pkt_set_length(ctx, have, length))
 		return REASON_HELPER_FAILED;
+	left = length < segment->at.end ? length - end : by;
+	if (left && pkt_store(ctx, end, zeros, bounded(left - 1, 7) + 1))
+		return REASON_HALF_DONE;
 	return REASON_NONE;
 }
 

@@ -294,6 +294,16 @@ impl Environment {
         self.listed(role, chain)["packets"].as_u64().unwrap()
     }
 
+    /// Packets that nodes of the chain left alone for a reason.
+    pub fn reason(&self, role: Role, chain: &str, reason: &str) -> u64 {
+        let shown = self.json(role, &["show", chain, "--json"]);
+        let places = shown["nodes"].as_array().unwrap().iter();
+        let nodes = places.flat_map(|place| place["nodes"].as_array().unwrap());
+        nodes
+            .map(|node| node["reasons"][reason].as_u64().unwrap_or(0))
+            .sum()
+    }
+
     /// Segments with a wrong checksum that a host received.
     pub fn checksum_errors(&self, role: Role) -> u64 {
         self.statistic(role, "Tcp", "InCsumErrors")

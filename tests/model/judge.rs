@@ -367,7 +367,11 @@ impl Model {
         }
         let mut after = frame.clone();
         if segment.is_bare() {
-            after.truncate((segment.ip.end - by).max(frame.len().min(ETHERNET_MIN)));
+            let end = segment.ip.end - by;
+            after.truncate(end.max(frame.len().min(ETHERNET_MIN)));
+            // what the header leaves behind
+            let left = after.len().min(segment.ip.end);
+            after[end..left].fill(0);
         } else {
             after.drain(segment.payload() - by..segment.payload());
         }

@@ -328,3 +328,47 @@ fn options_do_not_grow_past_the_mtu() {
         }
     }
 }
+
+/// Generic XDP has TC see packets that begin with IP, on kernels that copy them carelessly. They
+/// are taken for what they are, or let pass and counted.
+#[test]
+fn generic_xdp_in_front_of_tc() {
+    let environment = Environment::direct();
+    let chain = |name: &str, hook: &str, mode: &str, selectors: Value, then: &str| {
+        json!({
+            "name": name,
+            "attach": [{ "device": "path1", "hook": hook, "mode": mode }],
+            "selectors": selectors,
+            "actions": [{ "action": "set_mss", "bytes": 1000 }],
+            "then": then,
+        })
+    };
+    let tcp = json!([{ "selector": "tcp" }]);
+    let others = json!([{ "selector": "tcp", "not": true }, { "selector": "flow" }]);
+    let file = json!({ "version": 1, "chains": [
+        chain("front", "xdp", "generic", json!([]), "continue"),
+        chain("behind", "tc-ingress", "auto", tcp, "pass"),
+        // nothing but TCP over IP comes here
+        chain("mistaken", "tc-ingress", "auto", others, "drop"),
+    ] });
+    environment.apply(Role::Server, &file);
+    let mut capture = Capture::start(environment.namespace(Role::Server), "path1");
+    let [server, _] = server_addresses(&environment);
+    Connection::open(&environment, server, PORT).exchange(10);
+    transfer_both(&environment, 1 << 20);
+    let arrived = |capture: &mut Capture| {
+        let to_server = |segment: &&Segment| segment.destination_port == PORT;
+        capture.with_port(PORT).iter().filter(to_server).count() as u64
+    };
+    let (matched, lost) = eventually("every segment matched or counted", || {
+        let shown = environment.json(Role::Server, &["show", "behind", "--json"]);
+        let matched = shown["packets"].as_u64().unwrap();
+        let entry = &shown["nodes"][0]["entry"];
+        let lost = entry["reasons"]["no_link_header"].as_u64().unwrap_or(0);
+        (matched + lost >= arrived(&mut capture)).then_some((matched, lost))
+    });
+    println!("{matched} seen whole, {lost} without their link header");
+    let mistaken = environment.json(Role::Server, &["show", "mistaken", "--json"]);
+    let nodes = mistaken["nodes"][0]["nodes"].as_array().unwrap();
+    assert_eq!(nodes[1]["packets"], 0, "{mistaken}");
+}

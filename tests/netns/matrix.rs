@@ -84,8 +84,8 @@ struct Row {
     chains: Vec<Value>,
     /// What must hold at both ends of a connection that went through.
     effect: fn(&Connection),
-    /// Cannot carry packets over the MTU.
-    small_packets: bool,
+    /// Carries no packets over the MTU, and none whose checksum is partial.
+    plain_packets: bool,
 }
 
 fn no_effect(_: &Connection) {}
@@ -102,7 +102,7 @@ impl Row {
             name,
             chains: vec![chain],
             effect: no_effect,
-            small_packets: false,
+            plain_packets: false,
         }
     }
 
@@ -236,8 +236,9 @@ fn redirect(place: Place) -> Row {
         name: "redirect",
         chains,
         effect: no_effect,
-        // The kernel drops what is over the MTU in a redirect of generic XDP.
-        small_packets: place.is_generic(),
+        // In generic mode the kernel drops what is over the MTU, and the action gives up where the
+        // checksum is partial.
+        plain_packets: place.is_generic(),
     }
 }
 
@@ -380,9 +381,9 @@ impl Bed {
             row.name, self.place.hook, self.place.mode, wire.mtu, wire.offloads
         );
         let _named = NamedInPanic(&what);
-        let small = row.small_packets && wire.offloads;
-        if small {
-            self.segment_in_software();
+        let plain = row.plain_packets && wire.offloads;
+        if plain {
+            self.set_senders(false);
         }
         let before = Trouble::of(&self.environment);
         self.apply(row);
@@ -406,20 +407,10 @@ impl Bed {
             fragments, before.fragmentation_failures,
             "{what}: packets over the MTU"
         );
-        if small {
+        if plain {
             self.set_senders(wire.offloads);
         }
         after.retransmissions - before.retransmissions
-    }
-
-    /// Partial checksums as before, but no packets over the MTU.
-    fn segment_in_software(&self) {
-        for (role, device) in DEVICES {
-            if role != Role::Router {
-                let arguments = ["-K", device, "tso", "off", "gso", "off"];
-                self.environment.run(role, "ethtool", &arguments);
-            }
-        }
     }
 
     /// That a SYN to the address gets no answer, not even a refusal.

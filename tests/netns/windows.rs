@@ -76,11 +76,8 @@ fn chain(place: &Place, bytes: u32) -> Value {
     })
 }
 
-fn reason(environment: &Environment, place: &Place, name: &str) -> u64 {
-    let shown = environment.json(place.role, &["show", "window", "--json"]);
-    let nodes = shown["nodes"][0]["nodes"].as_array().unwrap();
-    let action = nodes.iter().find(|node| node["policy"] == "set_window");
-    action.unwrap()["reasons"][name].as_u64().unwrap_or(0)
+fn unknown(environment: &Environment, place: &Place) -> u64 {
+    environment.reason(place.role, "window", "unknown_scale")
 }
 
 /// The hooks of a device that a program of ours is attached to.
@@ -113,8 +110,8 @@ fn check(place: &Place) {
     assert!(table.contains("learners "), "{table}");
 
     before.exchange(3);
-    assert!(reason(&environment, place, "unknown_scale") >= 3);
-    let unknown = reason(&environment, place, "unknown_scale");
+    assert!(unknown(&environment, place) >= 3);
+    let early = unknown(&environment, place);
     drop(before);
 
     for address in [v4, v6] {
@@ -136,9 +133,9 @@ fn check(place: &Place) {
         environment.apply(place.role, &chain(place, WINDOW));
     }
     transfer_both(&environment, MEGABYTE);
-    let late = reason(&environment, place, "unknown_scale");
+    let late = unknown(&environment, place);
     // the connection from before the chain closes in between
-    assert!(late <= unknown + 4, "{late}, before {unknown}");
+    assert!(late <= early + 4, "{late}, before {early}");
     assert_eq!(environment.checksum_errors(Role::Server), 0);
     assert_eq!(environment.checksum_errors(Role::Client), 0);
 

@@ -12,5 +12,7 @@ mod frames;
 mod options;
 mod random;
 mod selectors;
+mod table;
 mod truncation;
 mod windows;
+mod wire;

@@ -277,10 +277,13 @@ fn lengths(was: &Facts, before: &[u8], is: &Facts, after: &[u8]) -> Result<(), S
     if after.len() != expected {
         return Err(format!("{} bytes in place of {expected}", after.len()));
     }
-    // Payload that moved takes with it what is behind it; else nothing there moves.
+    // Payload that moved takes with it what is behind it; else nothing there moves. What a header
+    // without payload leaves behind is cleared.
     let moved = is.end < was.end && was.has_payload();
-    let behind = before.get(if moved { was.end } else { is.end }..);
-    let behind = behind.unwrap_or_default();
+    let from = if moved { was.end } else { is.end };
+    let mut behind = before.get(from..).unwrap_or_default().to_vec();
+    let left = was.end.saturating_sub(from).min(behind.len());
+    behind[..left].fill(0);
     let found = after.get(is.end..).unwrap_or_default();
     match found == &behind[..found.len().min(behind.len())] {
         true => Ok(()),

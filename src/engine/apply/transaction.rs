@@ -121,26 +121,26 @@ impl<'a> Transaction<'a> {
             }
         }
         for place in missing {
-            // In the order of preference: what XDP lets pass, TC sees too.
-            let hooks: &[Hook] = match place.hook.is_ingress() {
-                true => &[Hook::TcEgress],
-                false => &[Hook::TcIngress, Hook::Xdp],
+            // Where chains run already: the first that sees a packet. Else one that others share.
+            let (hooks, new): (&[Hook], _) = match place.hook.is_ingress() {
+                true => (&[Hook::TcEgress], Hook::TcEgress),
+                false => (&[Hook::Xdp, Hook::TcIngress], Hook::TcIngress),
             };
             let runs = |target: &Target, hook| {
                 (target.place.ifindex, target.place.hook) == (place.ifindex, hook)
                     && !target.chains.is_empty()
             };
+            let mut hooks = hooks.iter().copied();
             let hook = hooks
-                .iter()
-                .find(|hook| targets.iter().any(|target| runs(target, **hook)))
-                .unwrap_or(&hooks[0]);
+                .find(|hook| targets.iter().any(|target| runs(target, *hook)))
+                .unwrap_or(new);
             let same = |target: &&mut Target| {
-                (target.place.ifindex, target.place.hook) == (place.ifindex, *hook)
+                (target.place.ifindex, target.place.hook) == (place.ifindex, hook)
             };
             match targets.iter_mut().find(same) {
                 Some(target) => target.learns = true,
                 None => targets.push(Target {
-                    place: Place::find(&place.device, *hook)?,
+                    place: Place::find(&place.device, hook)?,
                     mode: Mode::Auto,
                     chains: Vec::new(),
                     learns: true,
