@@ -196,6 +196,12 @@ fn values_out_of_range() {
         action(json!({ "action": "set_window", "raw": true })),
         &["$.chains[0].actions[0].bytes", "nothing"],
     );
+    for kind in ["nop", "eol"] {
+        refused(
+            action(json!({ "action": "insert_option", "kind": kind })),
+            &["$.chains[0].actions[0].kind", kind, "from 2 to 255"],
+        );
+    }
     refused(
         action(json!({ "action": "insert_option", "kind": 253, "data": "00".repeat(39) })),
         &["$.chains[0].actions[0].data", "at most 38 bytes"],

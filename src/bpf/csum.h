@@ -39,9 +39,12 @@ static __always_inline __u32 csum_at_parity(__u32 difference, __u32 offset)
 	return offset & 1 ? __builtin_bswap16(folded) : folded;
 }
 
+/* Never leaves 0xffff, the other zero: a sum that is not of zeros alone is not 0. */
 static __always_inline void csum_apply(__sum16 *check, __u32 difference)
 {
-	*check = ~csum_fold((__u64)(__u16)~*check + difference);
+	__u16 sum = csum_fold((__u64)(__u16)~*check + difference);
+
+	*check = sum ? ~sum : 0;
 }
 
 /* Changes a 16-bit word of the IPv4 header. */

@@ -529,7 +529,10 @@ impl<'a> Reader<'a> {
         );
         let array = as_array(member.ty);
         let item = array.map_or(member.ty, |array| array.contained_type());
-        let ty = self.field_type(item, &tags)?;
+        let mut ty = self.field_type(item, &tags)?;
+        if let (FieldType::Enum { names, .. }, Some((low, high))) = (&mut ty, tags.range) {
+            names.retain(|(_, value)| (low..=high).contains(value));
+        }
         let array = match array {
             Some(array) => Some(self.array(member.name, array.capacity(), members)?),
             None => None,

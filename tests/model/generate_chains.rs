@@ -427,7 +427,7 @@ fn strip_option(hook: Hook, carries: Carries) -> BoxedStrategy<Value> {
         (0..16u8).prop_map(Value::from),
         Just(json!("any")),
     ];
-    let kind = prop_oneof![12 => kind(), 1 => Just(json!("nop"))];
+    let kind = kind();
     let remove = if hook.family() == Family::Xdp {
         select(vec![json!("remove"), json!("nop")])
     } else {
