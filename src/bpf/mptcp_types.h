@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What is remembered of Multipath TCP (RFC 8684), and what is told of it. User space takes these
+ * types from BTF.
+ */
+#pragma once
+
+#include "flow_types.h"
+
+/* The host of one end of a subflow, as far as this device saw it. Numbers in host order. */
+struct subflow_end {
+	__u64 packets;		/* that it sent */
+	__u64 bytes;		/* of payload, repeated ones included */
+	__u64 retransmissions;	/* segments that begin before what it had sent already */
+	__u64 seen_at;		/* its last packet; nanoseconds of CLOCK_MONOTONIC, as all times here */
+	__u64 stamped_at;	/* the segment with the timestamp `stamp`; 0: none is waited for */
+	__u64 rtt_min;		/* from this device to the other end and back, nanoseconds; 0: unknown */
+	__u64 rtt_smoothed;	/* RFC 6298, 2: each sample counts for an eighth */
+	__u64 rtt_last;
+	__u32 stamp;
+	__u32 sequence_end;	/* behind the last byte it has sent */
+	__u32 token;		/* its token of the connection (RFC 8684, 3.1); 0: unknown */
+	__u8 counted;		/* sequence_end is known */
+	__u8 backup;		/* it asked for the subflow to be used as backup only */
+	__u8 address_id;	/* of its address, as it joined with; 0 on the first subflow */
+	__u8 data_seen;		/* it has sent a DSS option: the other end takes MPTCP for established */
+};
+
+enum subflow_flags {
+	SUBFLOW_OFFERED = 1 << 0,	/* its SYN had MP_CAPABLE */
+	SUBFLOW_JOIN = 1 << 1,		/* its SYN had MP_JOIN */
+	SUBFLOW_ACCEPTED = 1 << 2,	/* and the SYN-ACK answered that */
+	SUBFLOW_ESTABLISHED = 1 << 3,	/* and so did the third packet: keys or HMAC were seen */
+	SUBFLOW_FIN = 1 << 4,		/* an end has sent FIN */
+	SUBFLOW_RESET = 1 << 5,		/* an end has sent RST */
+};
+
+/* A TCP connection by itself, or a subflow of an MPTCP connection. Key: struct flow_id. */
+struct subflow {
+	__u32 flags;		/* enum subflow_flags */
+	__u32 initiator;	/* end that sent the SYN: 0 or 1 */
+	__u64 opened_at;
+	struct subflow_end ends[2]; /* as in struct flow_id */
+};
+
+/* A connection as one of its hosts sees it. Key: that host's token, __u32 in host order. */
+struct connection {
+	__be64 own_key;
+	__be64 peer_key;
+	__u32 peer_token;
+	__u32 pad;
+};
+
+/* One segment that is reported. User space makes events of it. */
+struct report {
+	__u64 at;		/* nanoseconds of CLOCK_MONOTONIC */
+	ip_t source;
+	ip_t destination;
+	port_t source_port;
+	port_t destination_port;
+	__u32 ifindex;
+	__u32 chain;		/* id */
+	__u32 sequence;		/* host order, as the next */
+	__u32 acknowledgment;
+	__u32 payload;		/* bytes */
+	__u32 source_token;	/* of the source's host; 0: unknown */
+	__u32 destination_token;
+	__u16 tcp_flags;	/* enum tcp_flag */
+	__u8 ingress;		/* the packet came in */
+	__u8 options_length;
+	__u8 options[40];	/* all TCP options, as they stand */
+};
