@@ -21,10 +21,10 @@ static __always_inline enum reason window_field(hook_ctx *ctx, const struct segm
 	__u32 sender;
 	int scale;
 
-	reason = flow_identify(ctx, segment, &id, &sender);
+	reason = flow_identify(ctx, &segment->at, &id, &sender);
 	if (reason)
 		return reason;
-	state = bpf_map_lookup_elem(&pc_flows, &id);
+	state = bpf_map_lookup_elem(&pcd_flows, &id);
 	if (!state)
 		return REASON_UNKNOWN_SCALE;
 	scale = flow_window_scale(state, sender);

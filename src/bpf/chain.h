@@ -61,6 +61,9 @@ struct node_config {
 	__u32 checksum;		/* enum checksum: of every packet, if the chain file says so */
 	__u32 argument_at;	/* action: 1 + offset of the parameter the argument replaces; 0: none */
 	__u32 argument_swap;	/* bytes of that parameter if in network order, else 0 */
+	__u32 cadence_first;	/* action: packets of a flow it is done to; 0: not limited so */
+	__u64 cadence_every;	/* action: nanoseconds between two of a flow it is done to; 0: none */
+	__u32 cadence_id;	/* action: which it is among those with one of the two */
 	__u32 pad;
 	__u64 argument_min;
 	__u64 argument_max;

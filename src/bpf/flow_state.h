@@ -6,50 +6,18 @@
 #pragma once
 
 #include "tcp_options.h"
-#include "flow_types.h"
+#include "flow_id.h"
 
 /* Filled by learners of one device, and read by the policies on it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1);
+	__uint(max_entries, 65536); /* the kernel forgets those not looked up for longest */
 	__type(key, struct flow_id);
 	__type(value, struct flow_state);
-} pc_flows SEC(".maps");
+} pcd_flows SEC(".maps");
 
 #define WINDOW_SCALE_LENGTH 3
 #define WINDOW_SCALE_MAX 14 /* a greater one counts as this (RFC 7323, 2.3) */
-
-static __always_inline bool ip_sorts_before(const ip_t *a, const ip_t *b)
-{
-	int i;
-
-#pragma unroll
-	for (i = 0; i < 4; i++)
-		if (a->words[i] != b->words[i])
-			return a->words[i] < b->words[i];
-	return false;
-}
-
-/* Names the connection of a segment, and tells which end of it sent the segment: 0 or 1. */
-static __always_inline enum reason flow_identify(hook_ctx *ctx, const struct segment *segment,
-						 struct flow_id *id, __u32 *sender)
-{
-	struct endpoints ends = {};
-	enum reason reason = read_addresses(ctx, &segment->at, &ends);
-
-	if (!reason)
-		reason = read_ports(ctx, &segment->at, &ends);
-	if (reason)
-		return reason;
-	*sender = ip_sorts_before(&ends.destination, &ends.source);
-	if (!*sender && !ip_sorts_before(&ends.source, &ends.destination))
-		*sender = ends.destination_port < ends.source_port;
-	id->address[0] = *sender ? ends.destination : ends.source;
-	id->address[1] = *sender ? ends.source : ends.destination;
-	id->port[0] = *sender ? ends.destination_port : ends.source_port;
-	id->port[1] = *sender ? ends.source_port : ends.destination_port;
-	return REASON_NONE;
-}
 
 /* The bits the sender's window is shifted by, or a negative number if that is not known. */
 static __always_inline int flow_window_scale(const struct flow_state *state, __u32 sender)
@@ -101,14 +69,14 @@ static __always_inline void flow_learn(hook_ctx *ctx, const struct segment *segm
 	struct tcphdr *tcp;
 	__u32 sender;
 
-	if (flow_identify(ctx, segment, &id, &sender))
+	if (flow_identify(ctx, &segment->at, &id, &sender))
 		return;
 	tcp = pkt_at(ctx, segment->at.transport, sizeof(*tcp));
 	if (!tcp)
 		return;
 	state.syn = tcp->seq;
 	state.initiator = sender;
-	known = bpf_map_lookup_elem(&pc_flows, &id);
+	known = bpf_map_lookup_elem(&pcd_flows, &id);
 	if (segment->flags & TCP_FLAG_ACK) {
 		state.syn = 0;
 		state.initiator = !sender;
@@ -121,12 +89,12 @@ static __always_inline void flow_learn(hook_ctx *ctx, const struct segment *segm
 		state.syn_seen = true;
 	}
 	if (flow_end_read(ctx, segment, &end)) {
-		bpf_map_delete_elem(&pc_flows, &id);
+		bpf_map_delete_elem(&pcd_flows, &id);
 		return;
 	}
 	if (sender)
 		state.ends[1] = end;
 	else
 		state.ends[0] = end;
-	bpf_map_update_elem(&pc_flows, &id, &state, 0 /* BPF_ANY */);
+	bpf_map_update_elem(&pcd_flows, &id, &state, 0 /* BPF_ANY */);
 }

@@ -33,6 +33,10 @@ struct port_key {
 	__u8 pad;
 };
 
+struct connection_key {
+	token_t token __required __doc("token of either host");
+};
+
 /* Declares `set`, the map a keyed selector looks its key up in. */
 #define HASH_SET(kind)                                                                     \
 	struct {                                                                           \

@@ -5,12 +5,23 @@
  */
 #include "policy.h"
 #include "flow_state.h"
+#include "subflow_learn.h"
 
-ACTION(learner, "remember what the ends of a connection agree on in its handshake")
+struct params {
+	bool handshakes __doc("fill pcd_flows");
+	bool subflows __doc("fill pcd_subflows and pcn_connections");
+	bool secrets __doc("fill pcn_keys");
+	bool acks __doc("fill pcd_acks");
+};
+PARAMS;
+
+ACTION(learner, "remember what packets tell of their connections")
 {
 	struct segment segment;
 
-	if (!parse_tcp(ctx, &segment) && segment.flags & TCP_FLAG_SYN)
+	if (params.handshakes && !parse_tcp(ctx, &segment) && segment.flags & TCP_FLAG_SYN)
 		flow_learn(ctx, &segment);
+	if (params.subflows)
+		subflow_learn(ctx, params.secrets, params.acks);
 	return DONE;
 }

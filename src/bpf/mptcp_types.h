@@ -23,7 +23,8 @@ struct subflow_end {
 	__u8 counted;		/* sequence_end is known */
 	__u8 backup;		/* it asked for the subflow to be used as backup only */
 	__u8 address_id;	/* of its address, as it joined with; 0 on the first subflow */
-	__u8 data_seen;		/* it has sent a DSS option: the other end takes MPTCP for established */
+	__u8 data_seen;		/* DSS options it has sent, counted up to 2: with one, the other end
+				   takes MPTCP for established */
 };
 
 enum subflow_flags {
@@ -38,17 +39,54 @@ enum subflow_flags {
 /* A TCP connection by itself, or a subflow of an MPTCP connection. Key: struct flow_id. */
 struct subflow {
 	__u32 flags;		/* enum subflow_flags */
-	__u32 initiator;	/* end that sent the SYN: 0 or 1 */
+	__u32 initiator;	/* end that sent the SYN: 0 or 1; 2: not seen */
 	__u64 opened_at;
 	struct subflow_end ends[2]; /* as in struct flow_id */
 };
 
 /* A connection as one of its hosts sees it. Key: that host's token, __u32 in host order. */
 struct connection {
-	__be64 own_key;
-	__be64 peer_key;
 	__u32 peer_token;
-	__u32 pad;
+};
+
+/* What its hosts prove themselves by. Same key; kept only while a chain needs it. */
+struct connection_keys {
+	__be64 own;
+	__be64 peer;
+};
+
+/* Whose packet a saved one is. */
+struct ack_key {
+	struct flow_id flow;
+	__u32 sender;	/* end */
+};
+
+#define SAVED_ACK_MAX 256 /* bytes of a frame; a longer one is not saved */
+
+/* The last segment of an end without payload, SYN, FIN and RST, to be sent again. */
+struct saved_ack {
+	__u64 at;
+	__u32 length;		/* bytes of the frame, link padding left out */
+	__u32 ip;		/* offset of the IP header */
+	__u32 transport;	/* offset of the TCP header */
+	__u8 version;		/* of IP */
+	__u8 ingress;		/* the packet came in */
+	__u8 pad[2];
+	__u8 frame[SAVED_ACK_MAX];
+};
+
+#define HELD_SLOTS 4	/* addresses an end can have held at a time, by the low bits of their ids */
+#define HELD_MAX 30	/* bytes of an ADD_ADDR: IPv6, with a port */
+
+struct held_option {
+	__u64 since;
+	__u8 length;	/* bytes; 0: none */
+	__u8 option[32]; /* so long for the verifier's sake */
+	__u8 pad[7];
+};
+
+struct held_options {
+	struct held_option ends[2][HELD_SLOTS];
 };
 
 /* One segment that is reported. User space makes events of it. */
@@ -68,5 +106,5 @@ struct report {
 	__u16 tcp_flags;	/* enum tcp_flag */
 	__u8 ingress;		/* the packet came in */
 	__u8 options_length;
-	__u8 options[40];	/* all TCP options, as they stand */
+	__u8 options[64];	/* all TCP options, as they stand; so long for the verifier's sake */
 };

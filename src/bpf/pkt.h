@@ -115,6 +115,26 @@ static __always_inline __u32 pkt_length(hook_ctx *ctx)
 #endif
 }
 
+/* Index of the device whose hook this is. */
+static __always_inline __u32 pkt_ifindex(hook_ctx *ctx)
+{
+#if defined(HOOK_XDP)
+	return ctx->ingress_ifindex;
+#else
+	return ctx->ifindex;
+#endif
+}
+
+/* Segments on the wire that the packet is. */
+static __always_inline __u32 pkt_segments(hook_ctx *ctx)
+{
+#if defined(HOOK_TC)
+	return ctx->gso_segs ? ctx->gso_segs : 1;
+#else
+	return 1;
+#endif
+}
+
 /* Makes the headers linear where they are not. Offsets stay valid, pointers do not. */
 static __always_inline void pkt_pull_headers(hook_ctx *ctx)
 {

@@ -23,7 +23,7 @@
  */
 #pragma once
 
-#include "parse.h"
+#include "cadence.h"
 
 /*
  * What the body of a policy says of a packet. Negative: the negated enum reason for which a
@@ -143,14 +143,18 @@ static __always_inline int selector_finish(hook_ctx *ctx, struct node_stats *sta
 }
 
 static __always_inline int action_finish(hook_ctx *ctx, struct node_stats *stats,
-					 enum outcome outcome)
+					 enum outcome outcome, const struct cadence_key *turn)
 {
 	if (outcome < 0) {
 		count_reason(stats, -outcome);
 		if (outcome == SKIP(REASON_HALF_DONE))
 			return node_end(ctx, HOOK_DROP);
+		/* to leave a packet alone whose turn it is not, is no failure */
+		if (has_cadence() && outcome == SKIP(REASON_NOT_DUE))
+			return node_next(ctx, stats);
 		return node_otherwise(ctx, stats);
 	}
+	cadence_done(turn);
 	if (outcome & OUTCOME_VERDICT)
 		return node_end(ctx, (__s8)outcome);
 	return node_next(ctx, stats);
@@ -158,6 +162,7 @@ static __always_inline int action_finish(hook_ctx *ctx, struct node_stats *stats
 
 /* Tags of a policy behind its doc: what is not so for most. */
 #define TERMINAL __tag("terminal")	   /* an action that decides what becomes of the packet */
+#define ONCE __tag("once") /* an action done once per flow unless the chain says otherwise */
 #define HOOKS(list) __tag("hooks:" list)   /* "xdp,tc-ingress": the only hooks it works on */
 
 #define SELECTOR(name, text, ...)                                                          \
@@ -183,6 +188,7 @@ static __always_inline int action_finish(hook_ctx *ctx, struct node_stats *stats
 	{                                                                                  \
 		struct node_stats *stats = node_stats();                                   \
 		struct argument argument = {};                                             \
+		struct cadence_key turn = {};                                              \
 		enum reason reason;                                                        \
                                                                                            \
 		if (!stats)                                                                \
@@ -190,8 +196,11 @@ static __always_inline int action_finish(hook_ctx *ctx, struct node_stats *stats
 		stats->seen++;                                                             \
 		count_packet(ctx, stats);                                                  \
 		reason = argument_load(ctx, &argument);                                    \
+		if (!reason)                                                               \
+			reason = cadence_check(ctx, &turn);                                \
 		return action_finish(ctx, stats,                                           \
-				     reason ? SKIP(reason) : name##_body(ctx, argument));  \
+				     reason ? SKIP(reason) : name##_body(ctx, argument),   \
+				     &turn);                                               \
 	}                                                                                  \
 	static __always_inline enum outcome name##_body(hook_ctx *ctx,                     \
 							struct argument argument)

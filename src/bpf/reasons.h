@@ -44,5 +44,13 @@ enum reason {
 	REASON_CHECKSUM_PARTIAL, /* a device completes it at a place that would move */
 	REASON_UNKNOWN_SCALE,	/* the handshake was not seen, or only half of it */
 	REASON_AUTHENTICATED,	/* the receiver would find it changed */
+	/* An action with a cadence. */
+	REASON_NOT_DUE,		/* it was done to the flow often, or lately */
+	/* Multipath TCP. */
+	REASON_NOT_MPTCP,	/* not a segment of a subflow that both ends take for established */
+	REASON_UNSAFE,		/* it would break the connection, and the chain does not insist */
+	REASON_NO_KEYS,		/* the handshake with the connection's keys was not seen */
+	REASON_NOT_HELD,	/* no option of the subflow is held, or not for long enough */
+	REASON_NOT_REPORTED,	/* nothing to report, or the ring buffer is full */
 	REASON_COUNT,
 };

@@ -42,10 +42,13 @@ enum mptcp_subtype {
 /* Options by byte: bit i stands for byte i of the option space. */
 #define OPTIONS_MALFORMED (1ULL << 63)
 
-/* What to look for: every option of `kind`, or of one MPTCP subtype. */
-static __always_inline __u32 option_wanted(__u8 kind, __u8 subtype)
+/*
+ * What to look for: every option of `kind`, or of one MPTCP subtype, and of those with bits `mask`
+ * of the four behind the subtype only the ones where they are `value`.
+ */
+static __always_inline __u32 option_wanted(__u8 kind, __u8 subtype, __u8 mask, __u8 value)
 {
-	return kind << 8 | subtype;
+	return (mask & 15) << 20 | (value & 15) << 16 | kind << 8 | subtype;
 }
 
 /*
@@ -65,7 +68,7 @@ __noinline __u64 tcp_options_find(hook_ctx *ctx, __u32 offset, __u32 length, __u
 	if (!ctx)
 		return OPTIONS_MALFORMED;
 	for (i = 0; i < TCP_MAX_OPTIONS; i++) {
-		__u32 size = 1, subtype;
+		__u32 size = 1, subtype, bits;
 		__u8 *option;
 
 		at = (at + zero) & 63;
@@ -84,15 +87,19 @@ __noinline __u64 tcp_options_find(hook_ctx *ctx, __u32 offset, __u32 length, __u
 			if (size < 2 || at + size > length)
 				return OPTIONS_MALFORMED;
 		}
-		if (option[0] == wanted >> 8) {
+		if (option[0] == (wanted >> 8 & 0xff)) {
 			subtype = MPTCP_SUBTYPE_ANY;
+			bits = 0;
 			if (size > 2) {
 				option = pkt_at(ctx, offset + at, 3);
 				if (!option)
 					return OPTIONS_MALFORMED;
 				subtype = option[2] >> 4;
+				bits = option[2] & 15;
 			}
-			if ((wanted & 0xff) == MPTCP_SUBTYPE_ANY || (wanted & 0xff) == subtype)
+			if (((wanted & 0xff) == MPTCP_SUBTYPE_ANY ||
+			     (wanted & 0xff) == subtype) &&
+			    (bits & wanted >> 20) == (wanted >> 16 & 15))
 				found |= ((1ULL << (size & 63)) - 1) << at;
 		}
 		at += size;
@@ -105,7 +112,7 @@ static __always_inline __u64 tcp_options_marked(hook_ctx *ctx, const struct segm
 {
 	return tcp_options_find(ctx, segment->at.transport + sizeof(struct tcphdr),
 				segment->header - sizeof(struct tcphdr),
-				option_wanted(kind, subtype), 0);
+				option_wanted(kind, subtype, 0, 0), 0);
 }
 
 /*
@@ -153,14 +160,13 @@ __noinline __u32 tcp_options_erase(hook_ctx *ctx, __u32 offset, __u64 marked, __
 }
 
 /*
- * Overwrites every option of the kind with NOPs. REASON_OPTION_ABSENT, _BAD_OPTION: nothing
+ * Overwrites the options that are marked with NOPs. REASON_OPTION_ABSENT, _BAD_OPTION: nothing
  * done. REASON_HALF_DONE: the packet must not leave.
  */
-static __always_inline enum reason tcp_options_strip(hook_ctx *ctx, const struct segment *segment,
-						     __u32 kind, __u32 subtype)
+static __always_inline enum reason tcp_options_blank(hook_ctx *ctx, const struct segment *segment,
+						     __u64 marked)
 {
 	__u32 offset = segment->at.transport + sizeof(struct tcphdr);
-	__u64 marked = tcp_options_marked(ctx, segment, kind, subtype);
 	enum reason reason;
 
 	if (marked & OPTIONS_MALFORMED)
@@ -173,6 +179,14 @@ static __always_inline enum reason tcp_options_strip(hook_ctx *ctx, const struct
 		return reason;
 	tcp_options_erase(ctx, offset, marked, 1);
 	return REASON_NONE;
+}
+
+/* The same for every option of the kind. */
+static __always_inline enum reason tcp_options_strip(hook_ctx *ctx, const struct segment *segment,
+						     __u32 kind, __u32 subtype)
+{
+	return tcp_options_blank(ctx, segment,
+				 tcp_options_marked(ctx, segment, kind, subtype));
 }
 
 /* Room to rebuild the options in; a power of two, so that a mask keeps offsets inside. */
@@ -381,12 +395,15 @@ static __always_inline bool tcp_options_may_grow(hook_ctx *ctx, const struct seg
 }
 
 /*
- * Inserts the option of `size` bytes that stands in scratch->insert: at the end of a segment
- * without payload, which grows, up to 60 bytes of header; elsewhere in the place of NOPs, the
- * length staying what it is. Retryable: on REASON_NO_ROOM the next packet may have room.
+ * Inserts the option of `size` bytes that stands in scratch->insert, and leaves out those whose
+ * bytes are marked: at the end of a segment without payload, which grows, up to 60 bytes of
+ * header; elsewhere in the place of NOPs, the length staying what it is. Retryable: on
+ * REASON_NO_ROOM the next packet may have room.
  */
-static __always_inline enum reason tcp_options_insert(hook_ctx *ctx, const struct segment *segment,
-						      struct options_scratch *scratch, __u32 size)
+static __always_inline enum reason tcp_options_exchange(hook_ctx *ctx,
+							const struct segment *segment,
+							struct options_scratch *scratch,
+							__u64 marked, __u32 size)
 {
 	__u32 length = segment->header - sizeof(struct tcphdr);
 	enum squeeze squeeze = segment_is_bare(segment) && !segment->at.fragmented ?
@@ -398,13 +415,13 @@ static __always_inline enum reason tcp_options_insert(hook_ctx *ctx, const struc
 
 	if (reason)
 		return reason;
-	used = tcp_options_squeeze(ctx, length, 0, squeeze, 0);
+	used = tcp_options_squeeze(ctx, length, marked, squeeze, 0);
 	if (used == OPTIONS_REFUSED)
 		return REASON_BAD_OPTION;
 	total = tcp_options_room(used + size);
 	if (total > length && squeeze == SQUEEZE_KEEP_NOPS &&
 	    !tcp_options_may_grow(ctx, segment, total)) {
-		used = tcp_options_squeeze(ctx, length, 0, SQUEEZE_DROP_NOPS, 0);
+		used = tcp_options_squeeze(ctx, length, marked, SQUEEZE_DROP_NOPS, 0);
 		total = tcp_options_room(used + size);
 	}
 	if (total > length && !tcp_options_may_grow(ctx, segment, total))
@@ -421,6 +438,12 @@ static __always_inline enum reason tcp_options_insert(hook_ctx *ctx, const struc
 	    pkt_grow(ctx, segment->at.end, segment->at.end + total - length))
 		return REASON_HELPER_FAILED;
 	return tcp_options_write(ctx, segment, scratch, checksum, total);
+}
+
+static __always_inline enum reason tcp_options_insert(hook_ctx *ctx, const struct segment *segment,
+						      struct options_scratch *scratch, __u32 size)
+{
+	return tcp_options_exchange(ctx, segment, scratch, 0, size);
 }
 
 #if defined(HOOK_XDP)

@@ -25,6 +25,10 @@
 #define __only(value, hooks, why) __tag("only:" value ":" hooks ":" why)
 /* A bool: where it is true, the policy needs nothing that learners know of connections. */
 #define __stateless __tag("stateless")
+/* The one value with which the policy needs what is kept of connections. */
+#define __stateful(value) __tag("stateful:" value)
+/* A value that is refused unless the bool `by` is true, and what it would do. */
+#define __guard(value, by, why) __tag("guard:" value ":" by ":" why)
 /* The OR of enumerators, given as a list. */
 #define __flags __tag("flags")
 
@@ -51,6 +55,7 @@ typedef struct {
 
 typedef __u32 device_t;	 /* interface index; JSON: a device's name */
 typedef __u32 chain_t;	 /* chain id; JSON: a chain's name */
+typedef __u32 token_t;	 /* of an MPTCP connection, host order; JSON: hex digits */
 typedef __be16 port_t;	 /* JSON: a number, or a name of the services database */
 typedef __u64 duration_t; /* nanoseconds; JSON: "200ms", "5s" */
 typedef __u8 bytes_t;	 /* bytes_t x[N]: JSON a string of hex digits */

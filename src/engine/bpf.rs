@@ -19,7 +19,7 @@ pub(super) mod tc {
 
 pub use xdp::types;
 
-use types::{attachment, chain_ctx, element, flow_id, flow_state, node_config, node_stats};
+use types::{attachment, chain_ctx, element, node_config, node_stats};
 
 include!(concat!(env!("OUT_DIR"), "/reasons.rs"));
 
@@ -38,9 +38,6 @@ unsafe impl plain::Plain for attachment {}
 pub const CONTEXT_SIZE: u32 = size_of::<chain_ctx>() as u32;
 /// Size of what is known of an attachment, in bytes.
 pub const ATTACHMENT_SIZE: u32 = size_of::<attachment>() as u32;
-/// Sizes of the key and the value of the map of connections, in bytes.
-pub const FLOW_ID_SIZE: u32 = size_of::<flow_id>() as u32;
-pub const FLOW_STATE_SIZE: u32 = size_of::<flow_state>() as u32;
 /// Size of a node's counters, in bytes.
 pub const STATS_SIZE: u32 = size_of::<node_stats>() as u32;
 /// Size of the value of a set's element, in bytes.

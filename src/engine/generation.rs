@@ -2,27 +2,29 @@
 //! Loads a graph: one specialised copy of a policy's program for each node, their PROG_ARRAYs and
 //! counters, and the entry program that is attached.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+
 use anyhow::{Context, Result, anyhow, bail};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapType, ObjectBuilder};
+use libbpf_rs::{MapCore, MapType, ObjectBuilder, OpenMapMut};
+use serde_json::Value;
 
 use super::bpf::types::{self, node_config, node_flags};
-use super::bpf::{
-    self, ATTACHMENT_SIZE, CONTEXT_SIZE, FLOW_ID_SIZE, FLOW_STATE_SIZE, STATS_SIZE, bytes_of,
-};
+use super::bpf::{self, ATTACHMENT_SIZE, CONTEXT_SIZE, STATS_SIZE, bytes_of};
 use super::kernel;
 use super::sets;
 use super::sys;
 use crate::error::Refused;
 use crate::hook::{Family, Hook};
 use crate::plan::{ArgumentUse, Graph, Node, Successor};
-use crate::policy::btf::FLOWS;
+use crate::policy::btf::is_state;
 use crate::policy::{ElementParam, FieldType, Kind, Names, Policy, Registry};
-use crate::spec::{Checksum, Keys, Mode};
+use crate::spec::{Cadence, Checksum, Keys, Mode};
 
 /// In front of the name of every kernel object we make.
 pub const PREFIX: &str = "pc_";
@@ -30,8 +32,6 @@ pub const PREFIX: &str = "pc_";
 const OBJECT: &str = "pc_node";
 /// Map that a policy declares for the devices its parameters name.
 const DEVICES: &str = "pc_devices";
-/// Connections a device remembers.
-const MAX_FLOWS: u32 = 1 << 16;
 /// Map that a keyed selector looks packets up in.
 const SET: &str = "set";
 
@@ -70,8 +70,9 @@ pub struct Environment<'a> {
     pub sets: &'a BTreeMap<String, OwnedFd>,
     /// How far TCP checksums are done on arrival.
     pub checksum: Checksum,
-    /// What learners know of connections, from [`create_flows`]; for graphs that learn.
-    pub flows: Option<&'a OwnedFd>,
+    /// The maps of [`Graph::state`] that there are already, by name. Those that fit are used, the
+    /// others are made anew.
+    pub state: &'a BTreeMap<String, OwnedFd>,
 }
 
 /// A loaded graph. It runs once its entry program is attached.
@@ -87,8 +88,8 @@ pub struct Generation {
     pub counters: OwnedFd,
     /// What is known once it is attached.
     attachment: OwnedFd,
-    /// What learners know of connections, if the graph has one.
-    pub flows: Option<OwnedFd>,
+    /// The maps of [`Graph::state`], by name.
+    pub state: BTreeMap<String, OwnedFd>,
     pub node_count: usize,
     pub carrier: &'static str,
     /// Its maps are pinned, and stay when this is dropped.
@@ -120,6 +121,8 @@ pub fn load(graph: &Graph, environment: &Environment<'_>) -> Result<Generation> 
         shared: &shared,
         carrier: carrier.0,
         private: BTreeMap::new(),
+        wanted: &graph.state,
+        state: BTreeMap::new(),
     };
     for (index, node) in graph.nodes.iter().enumerate() {
         let index = u32::try_from(index).context("too many nodes")?;
@@ -136,6 +139,7 @@ pub fn load(graph: &Graph, environment: &Environment<'_>) -> Result<Generation> 
     let (entry, stub) = loader
         .entry(graph.entry, count)
         .with_context(|| format!("load the entry program for {}", environment.hook))?;
+    let state = loader.state;
     Ok(Generation {
         entry,
         stub,
@@ -143,37 +147,11 @@ pub fn load(graph: &Graph, environment: &Environment<'_>) -> Result<Generation> 
         chains: shared.chains,
         counters: shared.counters,
         attachment: shared.attachment,
-        flows: environment.flows.map(OwnedFd::try_clone).transpose()?,
+        state,
         node_count: graph.nodes.len(),
         carrier: carrier_name(environment.hook, carrier),
         pinned: false,
     })
-}
-
-/// Makes the map of what learners know of connections. The kernel forgets those that were not
-/// looked up for longest.
-///
-/// # Errors
-/// What the kernel says.
-pub fn create_flows() -> Result<OwnedFd> {
-    sys::map_create(
-        MapType::LruHash,
-        FLOWS,
-        FLOW_ID_SIZE,
-        FLOW_STATE_SIZE,
-        MAX_FLOWS,
-        0,
-    )
-    .map_err(|error| kernel_error("create the map of connections".to_owned(), &error))
-}
-
-/// Whether a map is one that [`create_flows`] makes, in this version of the program.
-///
-/// # Errors
-/// What the kernel says.
-pub fn is_flows(map: impl AsFd) -> Result<bool> {
-    let info = sys::map_info(map).context("look at the map of connections")?;
-    Ok((info.key_size, info.value_size) == (FLOW_ID_SIZE, FLOW_STATE_SIZE))
 }
 
 impl Generation {
@@ -267,6 +245,10 @@ struct Loader<'a> {
     carrier: u32,
     /// Scratch maps the policies bring, shared by the nodes that name them alike.
     private: BTreeMap<String, OwnedFd>,
+    /// Names of the maps that are kept from one generation to the next.
+    wanted: &'a BTreeSet<String>,
+    /// Those of them that are there.
+    state: BTreeMap<String, OwnedFd>,
 }
 
 impl Loader<'_> {
@@ -298,11 +280,14 @@ impl Loader<'_> {
                     Some(set) => map.reuse_fd(set.as_fd())?,
                     None => map.set_autocreate(false)?,
                 }
-            } else if name == FLOWS && self.environment.flows.is_none() {
+            } else if is_state(&name) && !self.wanted.contains(&name) {
                 // Its parameters say that the node does without.
                 map.set_autocreate(false)?;
             } else if let Some(shared) = self.shared_map(&name) {
                 map.reuse_fd(shared)?;
+            } else if let Some(known) = self.known(&map)? {
+                map.reuse_fd(known.as_fd())?;
+                self.state.insert(name, known);
             } else {
                 own.push(name);
             }
@@ -312,6 +297,8 @@ impl Loader<'_> {
             let name = map.name().to_string_lossy().into_owned();
             if name == DEVICES {
                 self.fill_devices(map.as_fd(), policy, &params)?;
+            } else if own.contains(&name) && is_state(&name) {
+                self.state.insert(name, map.as_fd().try_clone_to_owned()?);
             } else if own.contains(&name) {
                 self.private.insert(name, map.as_fd().try_clone_to_owned()?);
             }
@@ -327,10 +314,25 @@ impl Loader<'_> {
             "pc_counters" => &self.shared.counters,
             "pc_context" => &self.shared.context,
             "pc_attachment" => &self.shared.attachment,
-            FLOWS => self.environment.flows?,
-            other => self.private.get(other)?,
+            other => self.private.get(other).or(self.state.get(other))?,
         };
         Some(map.as_fd())
+    }
+
+    /// A map that was kept, if it is of the shape the object wants.
+    fn known(&self, map: &OpenMapMut<'_>) -> Result<Option<OwnedFd>> {
+        let Some(known) = self.environment.state.get(&*map.name().to_string_lossy()) else {
+            return Ok(None);
+        };
+        let info = sys::map_info(known).context("look at a map that was kept")?;
+        let fits = (info.kind, info.key_size, info.value_size, info.max_entries)
+            == (
+                map.map_type(),
+                map.key_size(),
+                map.value_size(),
+                map.max_entries(),
+            );
+        Ok(fits.then(|| known.try_clone()).transpose()?)
     }
 
     fn params(&self, node: &Node, policy: &Policy) -> Result<(Vec<u8>, Option<ElementParam>)> {
@@ -376,6 +378,14 @@ impl Loader<'_> {
             checksum: checksum_value(self.environment.checksum),
             ..node_config::default()
         };
+        match node.cadence {
+            Cadence::Always => {}
+            Cadence::First(count) => config.cadence_first = count,
+            Cadence::Every(span) => config.cadence_every = span,
+        }
+        if node.cadence != Cadence::Always {
+            config.cadence_id = self.cadence_id(node);
+        }
         if let Some(param) = element {
             config.argument_at = 1 + param.offset as u32;
             config.argument_swap = if param.big_endian {
@@ -390,6 +400,16 @@ impl Loader<'_> {
             config.argument_max = param.max;
         }
         config
+    }
+
+    /// Tells actions apart in the map of when they were done, as long as they stay what they are.
+    fn cadence_id(&self, node: &Node) -> u32 {
+        let mut params = node.params.clone();
+        params.sort_keys();
+        let mut hasher = DefaultHasher::new();
+        let params = Value::Object(params).to_string();
+        (self.environment.hook, node.name(), params, node.cadence).hash(&mut hasher);
+        hasher.finish() as u32
     }
 
     /// The flags all nodes of the generation have.

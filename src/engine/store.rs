@@ -6,14 +6,14 @@
 //!        sets/NAME                     a named set
 //!        NETNS_IFINDEX_HOOK/link       an attachment's link (none for clsact)
 //!                           gN/        a generation: entry stub nodes chains counters
-//!                                      record [flows] [base]
+//!                                      record [base], and the maps that are kept (pcd_*, pcn_*)
 //! ```
 //!
 //! The program that a link or filter runs is the only commit point: the generation with that entry
 //! program is live, every other one is left over from a command that was cut off, and removed by
 //! the next one that takes the lock.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,6 +33,7 @@ use crate::hook::Hook;
 use crate::netns;
 use crate::plan::{self, Graph};
 use crate::policy::Registry;
+use crate::policy::btf::is_state;
 use crate::spec::{Chain, Mode, SetSpec};
 
 /// Where chains are kept unless told otherwise.
@@ -67,8 +68,10 @@ pub struct Record {
     pub carrier: String,
     /// Whether the clsact qdisc is ours to remove.
     pub qdisc_is_ours: bool,
-    /// Whether some node looks up what learners know of connections.
-    pub reads_flows: bool,
+    /// The maps that nodes look up and learners fill.
+    pub reads: BTreeSet<String>,
+    /// Those that a learner here fills.
+    pub learns: BTreeSet<String>,
     /// The chains attached here.
     pub chains: Vec<Chain>,
     /// Everything the programs were made from, to tell whether anything changed.
@@ -314,7 +317,8 @@ impl Store {
                 .context("a mode")?,
             carrier: text(value, "carrier")?,
             qdisc_is_ours: value["qdisc_is_ours"] == Value::Bool(true),
-            reads_flows: value["reads_flows"] == Value::Bool(true),
+            reads: names(&value["reads"]),
+            learns: names(&value["learns"]),
             chains: Vec::new(),
             made_from: value["made_from"].clone(),
             nodes: Vec::new(),
@@ -432,8 +436,9 @@ impl Store {
                 ("chains", &generation.chains),
                 ("counters", &generation.counters),
             ];
-            let flows = generation.flows.iter().map(|flows| ("flows", flows));
-            for (name, object) in objects.into_iter().chain(flows) {
+            let state = generation.state.iter();
+            let state = state.map(|(name, map)| (name.as_str(), map));
+            for (name, object) in objects.into_iter().chain(state) {
                 sys::pin(object, &path.join(name)).with_context(|| format!("pin {name}"))?;
             }
             write_json("pc_record", record, &path.join("record"))
@@ -534,20 +539,22 @@ impl Attachment {
         self.folder.join(format!("g{}", self.number))
     }
 
-    /// What is known of the device's connections, if its handshakes are learnt here in a way that
-    /// this version of the program understands.
+    /// The maps of the live generation that are kept for the next one, by name.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn flows(&self) -> Result<Option<OwnedFd>> {
-        match sys::open_pin(&self.generation().join("flows")) {
-            Ok(flows) => Ok(generation::is_flows(&flows)?.then_some(flows)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(kernel_error(
-                "open the map of connections".to_owned(),
-                &error,
-            )),
+    pub fn state(&self) -> Result<BTreeMap<String, OwnedFd>> {
+        let folder = self.generation();
+        let entries = fs::read_dir(&folder);
+        let entries = entries.with_context(|| format!("read {}", folder.display()))?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut state = BTreeMap::new();
+        for name in names.filter(|name| is_state(name)) {
+            let map = sys::open_pin(&folder.join(&name))
+                .map_err(|error| kernel_error(format!("open the map {name}"), &error))?;
+            state.insert(name, map);
         }
+        Ok(state)
     }
 
     /// What nodes counted since they were first applied, in their order; the entry's last.
@@ -588,7 +595,8 @@ impl Record {
             "mode": mode.name(),
             "carrier": carrier,
             "qdisc_is_ours": qdisc_is_ours,
-            "reads_flows": graph.reads_flows,
+            "reads": graph.reads,
+            "learns": graph.learns,
             "chains": chains.iter().map(|chain| chain.to_json()).collect::<Vec<_>>(),
             "made_from": made_from,
             "nodes": nodes,
@@ -597,7 +605,7 @@ impl Record {
 }
 
 impl RecordedNode {
-    /// Whether it is the node that remembers handshakes.
+    /// Whether it is the node that remembers what packets tell.
     pub fn is_learner(&self) -> bool {
         self.chain == plan::ENTRY
     }
@@ -762,6 +770,13 @@ fn read_json(path: &Path) -> Result<Option<Value>> {
     serde_json::from_slice(&bytes)
         .map(Some)
         .with_context(|| format!("{} is not ours", path.display()))
+}
+
+fn names(list: &Value) -> BTreeSet<String> {
+    let items = list.as_array().into_iter().flatten();
+    items
+        .filter_map(|item| Some(item.as_str()?.to_owned()))
+        .collect()
 }
 
 fn text(value: &Value, key: &str) -> Result<String> {

@@ -89,7 +89,7 @@ pub fn chains(store: &Store, all_netns: bool) -> Result<Vec<ChainView>> {
 
 /// The hooks where the handshakes are remembered that an attachment needs to know.
 fn learners(attachment: &Attachment, all: &[Attachment]) -> Vec<Hook> {
-    if !attachment.record.reads_flows {
+    if attachment.record.reads.is_empty() {
         return Vec::new();
     }
     let device = |other: &&Attachment| {

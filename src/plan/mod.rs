@@ -8,14 +8,15 @@ mod paths;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
 use crate::error::Invalid;
 use crate::hook::{Family, Hook};
+use crate::policy::btf::CADENCE;
 use crate::policy::{Kind, Policy, Registry};
-use crate::spec::{Action, Chain, Keys, OnError, Origin, Spec, Then};
+use crate::spec::{Action, Cadence, Chain, Keys, OnError, Origin, Spec, Then};
 
 /// Tail calls a packet can make in the kernel, those that miss included.
 pub const MAX_TAIL_CALLS: usize = 33;
@@ -24,8 +25,16 @@ pub const MAX_TAIL_CALLS: usize = 33;
 const COUNT: &str = "count";
 /// What a node belongs to that is part of no chain. No name of a chain.
 pub(crate) const ENTRY: &str = "(entry)";
-/// The name of the node that remembers handshakes.
+/// The name of the node that remembers what packets tell of their connections.
 const LEARNER: &str = "learner";
+/// What a learner fills, with the parameter that has it do so.
+const LEARNT: [(&str, &str); 5] = [
+    ("pcd_flows", "handshakes"),
+    ("pcd_subflows", "subflows"),
+    ("pcn_connections", "subflows"),
+    ("pcn_keys", "secrets"),
+    ("pcd_acks", "acks"),
+];
 /// The name of the action that goes to a chain.
 const GOTO: &str = "goto";
 
@@ -62,6 +71,8 @@ pub struct Node {
     pub argument: ArgumentUse,
     /// An action that ends in a verdict of its own, or in another chain.
     pub terminal: bool,
+    /// How often an action is done to the packets of one flow.
+    pub cadence: Cadence,
     /// Whether the packets counted here are packets of the chain: the last selector of each
     /// alternative, or the first action of a chain without selectors.
     pub counts_for_chain: bool,
@@ -89,10 +100,12 @@ pub struct Graph {
     pub heads: BTreeMap<u32, Successor>,
     /// Whether some node reads the packet's context.
     pub has_context: bool,
-    /// Whether some node looks up what learners know of connections.
-    pub reads_flows: bool,
-    /// Whether a learner sees every packet first.
-    pub learns: bool,
+    /// The maps that nodes use and that are kept from one generation to the next, by name.
+    pub state: BTreeSet<String>,
+    /// Those of them that nodes look up and a learner fills, at this and the other direction's hook.
+    pub reads: BTreeSet<String>,
+    /// Those that a learner of this graph fills: it sees every packet first. Empty: there is none.
+    pub learns: BTreeSet<String>,
 }
 
 impl Graph {
@@ -103,23 +116,31 @@ impl Graph {
             entry: Successor::Pass,
             heads: BTreeMap::new(),
             has_context: false,
-            reads_flows: false,
-            learns: false,
+            state: BTreeSet::new(),
+            reads: BTreeSet::new(),
+            learns: BTreeSet::new(),
         }
     }
-}
 
-impl Graph {
-    /// With a learner in front of all nodes, if there is none.
+    /// With a learner in front of all nodes that fills these maps too, if there are any.
     ///
     /// # Errors
     /// [`Invalid`] for a path that has no room for it.
-    pub fn with_learner(mut self) -> Result<Graph, Invalid> {
-        if !self.learns {
+    pub fn with_learner(mut self, maps: &BTreeSet<String>) -> Result<Graph, Invalid> {
+        self.learns.extend(maps.iter().cloned());
+        self.state.extend(maps.iter().cloned());
+        if self.learns.is_empty() {
+            return Ok(self);
+        }
+        if !self.nodes.last().is_some_and(Node::is_learner) {
             self.nodes.push(learner(self.entry));
             self.entry = Successor::Node(self.nodes.len() - 1);
-            self.learns = true;
             paths::check(&self)?;
+        }
+        let fills = LEARNT.iter().filter(|(map, _)| self.learns.contains(*map));
+        let params = fills.map(|(_, param)| ((*param).to_owned(), Value::Bool(true)));
+        if let Some(learner) = self.nodes.last_mut() {
+            learner.params = params.collect();
         }
         Ok(self)
     }
@@ -131,7 +152,7 @@ impl Node {
         format!("{}/{}:{}", self.chain, self.ordinal, self.policy)
     }
 
-    /// Whether this is the node that remembers handshakes, which no chain has.
+    /// Whether this is the node that remembers what packets tell, which no chain has.
     pub fn is_learner(&self) -> bool {
         self.chain == ENTRY
     }
@@ -198,26 +219,34 @@ pub fn plan(
         .collect();
     let edits = |node: &Node| hook.family() == Family::Tc && node.kind == Kind::Action;
     let has_context = |node: &Node| node.reads_argument() || edits(node);
-    let reads_flows = planner.nodes.iter().any(|node| {
-        let policy = registry.action(&node.policy);
-        node.kind == Kind::Action && policy.is_some_and(|p| p.reads_flows_with(&node.params))
-    });
+    let mut state = BTreeSet::new();
+    for node in &planner.nodes {
+        let policy = match node.kind {
+            Kind::Selector => registry.selector(&node.policy),
+            Kind::Action => registry.action(&node.policy),
+        };
+        let used = policy.map_or(&[][..], |policy| policy.state_with(&node.params));
+        state.extend(used.iter().cloned());
+        if node.cadence != Cadence::Always {
+            state.insert(CADENCE.to_owned());
+        }
+    }
+    let learnt = LEARNT.iter().filter(|(map, _)| state.contains(*map));
+    let reads: BTreeSet<String> = learnt.map(|(map, _)| (*map).to_owned()).collect();
     let graph = Graph {
         has_context: planner.nodes.iter().any(has_context),
         nodes: planner.nodes,
         entry,
         heads,
-        reads_flows,
-        learns: false,
+        state,
+        reads: reads.clone(),
+        learns: BTreeSet::new(),
     };
-    if reads_flows {
-        return graph.with_learner();
-    }
     paths::check(&graph)?;
-    Ok(graph)
+    graph.with_learner(&reads)
 }
 
-/// The node that remembers handshakes and goes on with `next`.
+/// The node that remembers what packets tell, and goes on with `next`.
 fn learner(next: Successor) -> Node {
     Node {
         chain: ENTRY.to_owned(),
@@ -232,6 +261,7 @@ fn learner(next: Successor) -> Node {
         params: Map::new(),
         argument: ArgumentUse::Leave,
         terminal: false,
+        cadence: Cadence::Always,
         counts_for_chain: false,
         origin: Origin::default(),
     }
@@ -337,6 +367,7 @@ impl Planner<'_> {
             params: Map::new(),
             argument: ArgumentUse::Leave,
             terminal: false,
+            cadence: Cadence::Always,
             counts_for_chain: false,
             origin: chain.origin.clone(),
         }
@@ -346,6 +377,7 @@ impl Planner<'_> {
         let count = Action {
             policy: COUNT.to_owned(),
             on_error: OnError::Continue,
+            cadence: None,
             params: Map::new(),
             references: Vec::new(),
             origin: chain.origin.clone(),
@@ -370,6 +402,10 @@ impl Planner<'_> {
                 },
                 params: action.params.clone(),
                 terminal,
+                cadence: action.cadence.unwrap_or(match policy.once {
+                    true => Cadence::First(1),
+                    false => Cadence::Always,
+                }),
                 counts_for_chain: chain.selectors.is_empty() && at == 0,
                 origin: action.origin.clone(),
                 ..self.node(

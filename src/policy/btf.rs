@@ -18,8 +18,8 @@ use libbpf_rs::btf::{Btf, BtfKind, BtfType, HasSize, ReferencesType, TypeId};
 pub const HOOKS: [&str; 3] = ["xdp", "tc-ingress", "tc-egress"];
 
 /// JSON keys of a selector or action object that belong to the engine.
-pub const RESERVED: [&str; 8] = [
-    "selector", "op", "not", "set", "keys", "action", "on_error", "from",
+pub const RESERVED: [&str; 11] = [
+    "selector", "op", "not", "set", "keys", "action", "on_error", "from", "once", "every", "first",
 ];
 
 /// JSON keys that stand beside the members of a set's key.
@@ -27,10 +27,13 @@ pub const RESERVED_IN_KEY: [&str; 2] = ["arg", "chain"];
 
 /// Typedefs a parameter may have, for messages.
 const VOCABULARY: &str = "__u8 __u16 __u32 __u64 __be16 __be32 __be64 bool enum ip_t prefix_t \
-     mac_t device_t chain_t port_t port_range_t duration_t bytes_t";
+     mac_t device_t chain_t token_t port_t port_range_t duration_t bytes_t";
 
-/// Map of what learners know of connections.
-pub const FLOWS: &str = "pc_flows";
+/// In front of the names of maps that are kept from one generation to the next, by who shares
+/// them: all hooks of a device, or all of a network namespace.
+pub const STATE_PREFIXES: [&str; 2] = ["pcd_", "pcn_"];
+/// Map of when actions were last done; of every action, but needed only by one with a cadence.
+pub const CADENCE: &str = "pcd_cadence";
 
 /// What a policy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -69,9 +72,11 @@ pub struct Description {
     pub node_offset: usize,
     /// Key of the map `set`, if the object has one.
     pub key: Option<Key>,
-    /// Whether it looks up what learners know of connections, unless a parameter that is
-    /// [`Field::stateless`] is true.
-    pub reads_flows: bool,
+    /// Maps it uses that are kept from one generation to the next, by name; see
+    /// [`Field::stateless`] and [`Field::stateful`].
+    pub state: Vec<String>,
+    /// An action that is done once per flow unless the chain says otherwise.
+    pub once: bool,
 }
 
 /// The key of a set, from `struct KIND_key`.
@@ -112,8 +117,12 @@ pub struct Field {
     pub limit: Option<Limit>,
     /// A value that not every hook has.
     pub only: Option<Only>,
-    /// A bool: true says that the policy needs nothing learners know of connections.
+    /// A bool: true says that the policy does without the maps that are kept.
     pub stateless: bool,
+    /// The one value with which the policy uses the maps that are kept.
+    pub stateful: Option<String>,
+    /// A value that is refused unless a bool is true.
+    pub guard: Option<Guard>,
     pub array: Option<Array>,
 }
 
@@ -124,6 +133,17 @@ pub struct Limit {
     pub when: String,
     pub low: u64,
     pub high: u64,
+}
+
+/// A value that is refused unless a bool is true.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guard {
+    /// As in chain files.
+    pub value: String,
+    /// Name of the bool.
+    pub by: String,
+    /// What the value would do.
+    pub why: String,
 }
 
 /// A value that only some hooks have.
@@ -183,6 +203,8 @@ pub enum FieldType {
     Device,
     /// Host-order chain id.
     Chain,
+    /// Host-order token of an MPTCP connection.
+    Token,
     /// 2 bytes, network order.
     Port,
     /// First and last port, inclusive, 2 bytes each, host order.
@@ -202,7 +224,7 @@ impl FieldType {
             FieldType::Ip => 16,
             FieldType::Prefix => 20,
             FieldType::Mac => 6,
-            FieldType::Device | FieldType::Chain | FieldType::PortRange => 4,
+            FieldType::Device | FieldType::Chain | FieldType::Token | FieldType::PortRange => 4,
             FieldType::Port => 2,
             FieldType::Duration => 8,
         }
@@ -263,12 +285,24 @@ fn describe(object: &[u8], name: &str) -> Result<Description> {
             .transpose()?,
         node_offset: node.offset,
         key: reader.set_key()?,
-        reads_flows: reader.section_variables(".maps")?.contains_key(FLOWS),
+        state: reader
+            .section_variables(".maps")?
+            .into_keys()
+            .filter(|map| is_state(map) && *map != CADENCE)
+            .map(str::to_owned)
+            .collect(),
+        once: function.once,
     })
+}
+
+/// Whether a map is kept from one generation to the next, by its name.
+pub fn is_state(map: &str) -> bool {
+    STATE_PREFIXES.iter().any(|prefix| map.starts_with(prefix))
 }
 
 /// What the tags of the program's function say.
 struct Function {
+    once: bool,
     kind: Kind,
     doc: String,
     terminal: bool,
@@ -301,6 +335,8 @@ struct Tags<'a> {
     limit: Option<Limit>,
     only: Option<Only>,
     stateless: bool,
+    stateful: Option<&'a str>,
+    guard: Option<Guard>,
     flags: bool,
 }
 
@@ -549,6 +585,8 @@ impl<'a> Reader<'a> {
             limit: tags.limit,
             only: tags.only,
             stateless: tags.stateless,
+            stateful: tags.stateful.map(str::to_owned),
+            guard: tags.guard,
             array,
         })
     }
@@ -665,6 +703,7 @@ fn vocabulary(typedef: &str) -> Option<FieldType> {
         "mac_t" => Some(FieldType::Mac),
         "device_t" => Some(FieldType::Device),
         "chain_t" => Some(FieldType::Chain),
+        "token_t" => Some(FieldType::Token),
         "port_t" => Some(FieldType::Port),
         "port_range_t" => Some(FieldType::PortRange),
         "duration_t" => Some(FieldType::Duration),
@@ -732,6 +771,7 @@ fn function_tags(tags: &[&str]) -> Result<Function> {
         "is tagged both \"selector\" and \"action\""
     );
     let mut function = Function {
+        once: false,
         kind,
         doc: String::new(),
         terminal: false,
@@ -742,7 +782,8 @@ fn function_tags(tags: &[&str]) -> Result<Function> {
             Some(("doc", text)) => function.doc = text.trim().to_owned(),
             Some(("hooks", list)) => function.hooks = hooks(list)?,
             None if *tag == "terminal" => function.terminal = true,
-            _ => bail!("unknown tag \"{tag}\" on the program; known: doc: hooks: terminal"),
+            None if *tag == "once" => function.once = true,
+            _ => bail!("unknown tag \"{tag}\" on the program; known: doc: hooks: terminal once"),
         }
     }
     ensure!(
@@ -751,8 +792,8 @@ fn function_tags(tags: &[&str]) -> Result<Function> {
         kind.name().to_uppercase()
     );
     ensure!(
-        !(function.terminal && kind == Kind::Selector),
-        "a selector cannot be terminal"
+        !((function.terminal || function.once) && kind == Kind::Selector),
+        "a selector can be neither terminal nor once"
     );
     Ok(function)
 }
@@ -782,12 +823,14 @@ fn member_tags<'a>(tags: &[&'a str]) -> Result<Tags<'a>> {
             Some(("range", text)) => found.range = Some(range(text)?),
             Some(("limit", text)) => found.limit = Some(limit(text)?),
             Some(("only", text)) => found.only = Some(only(text)?),
+            Some(("stateful", text)) => found.stateful = Some(text),
+            Some(("guard", text)) => found.guard = Some(guard(text)?),
             None if *tag == "required" => found.required = true,
             None if *tag == "flags" => found.flags = true,
             None if *tag == "stateless" => found.stateless = true,
             _ => bail!(
                 "unknown tag \"{tag}\"; known: doc: required default: range: limit: only: flags \
-                 stateless"
+                 stateless stateful: guard:"
             ),
         }
     }
@@ -812,6 +855,18 @@ fn limit(text: &str) -> Result<Limit> {
         when: when.to_owned(),
         low,
         high,
+    })
+}
+
+fn guard(text: &str) -> Result<Guard> {
+    let mut parts = text.splitn(3, ':');
+    let (Some(value), Some(by), Some(why)) = (parts.next(), parts.next(), parts.next()) else {
+        bail!("tag \"guard:{text}\": expected VALUE:MEMBER:WHY");
+    };
+    Ok(Guard {
+        value: value.to_owned(),
+        by: by.to_owned(),
+        why: why.trim().to_owned(),
     })
 }
 
@@ -873,6 +928,16 @@ fn check_tags(ty: &FieldType, is_array: bool, tags: &Tags<'_>) -> Result<()> {
 
 fn check_limits(layout: &Layout) -> Result<()> {
     for field in &layout.fields {
+        let guard = field.guard.as_ref().map(|guard| &guard.by);
+        let by = layout
+            .fields
+            .iter()
+            .find(|other| Some(&other.name) == guard);
+        ensure!(
+            guard.is_none() || by.is_some_and(|by| by.ty == FieldType::Bool),
+            "{}: tag \"guard:\" names no bool member",
+            field.name
+        );
         let Some(limit) = &field.limit else {
             continue;
         };

@@ -22,10 +22,11 @@ use std::sync::OnceLock;
 use anyhow::{Result, anyhow, ensure};
 use serde_json::{Map, Value};
 
-pub use btf::{Array, Description, Field, FieldType, Key, Kind, Layout, Limit, Only};
+pub use btf::{Array, Description, Field, FieldType, Guard, Key, Kind, Layout, Limit, Only};
 pub use pack::{ElementParam, Names, Packed, ReverseNames};
 pub use print::{policies_json, policies_table, policy_json, policy_page};
 pub use services::ServicesFile;
+pub use value::{duration_text, parse_duration};
 
 use crate::hook::{Family, Hook};
 
@@ -102,12 +103,19 @@ impl Policy {
         }
     }
 
-    /// Whether it looks up what learners know of connections, with these parameters.
-    pub fn reads_flows_with(&self, params: &Map<String, Value>) -> bool {
-        let fields = self.params.iter().flat_map(|layout| &layout.fields);
-        let mut stateless = fields.filter(|field| field.stateless);
-        self.reads_flows
-            && !stateless.any(|field| params.get(&field.name) == Some(&Value::Bool(true)))
+    /// The maps it uses, with these parameters, that are kept from one generation to the next.
+    pub fn state_with(&self, params: &Map<String, Value>) -> &[String] {
+        let mut fields = self.params.iter().flat_map(|layout| &layout.fields);
+        let needless = fields.any(|field| {
+            let given = params.get(&field.name);
+            let stateless = field.stateless && given == Some(&Value::Bool(true));
+            // What an element brings is not known.
+            let other = field.stateful.as_ref().is_some_and(|value| {
+                !given.is_some_and(|given| given.is_object() || given.as_str() == Some(value))
+            });
+            stateless || other
+        });
+        if needless { &[] } else { &self.state }
     }
 
     /// A parameter whose value a hook does not have.

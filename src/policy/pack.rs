@@ -113,6 +113,7 @@ impl Layout {
                 }
                 Some(value) => {
                     pack_field(field, value, &path, names, &mut packed.bytes)?;
+                    refuse_unguarded(field, value, values, &path)?;
                     refuse_beyond_limit(field, value, values, &path)?;
                 }
                 None if field.required => return Err(missing(field, &path)),
@@ -300,6 +301,33 @@ fn refuse_beyond_limit(
             limit.low, limit.high, limit.when
         ),
     ))
+}
+
+/// Refuses a value that needs a bool to be true which is not.
+fn refuse_unguarded(
+    field: &Field,
+    value: &Value,
+    values: &Map<String, Value>,
+    path: &str,
+) -> Result<(), Invalid> {
+    let Some(guard) = &field.guard else {
+        return Ok(());
+    };
+    let text = value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned);
+    if text != guard.value || values.get(&guard.by) == Some(&Value::Bool(true)) {
+        return Ok(());
+    }
+    Err(Invalid::new(
+        path,
+        format!("{}: {}", seen(value), guard.why),
+        format!("another value, or \"{}\": true", guard.by),
+    )
+    .advice(format!(
+        "add \"{}\": true if that is what you want",
+        guard.by
+    )))
 }
 
 fn second_element(path: &str, value: &Value) -> Invalid {

@@ -48,6 +48,12 @@ pub fn policy_page(policy: &Policy) -> String {
             "no: the next action follows"
         };
         page += &hanging("  terminal:  ", terminal);
+        if policy.once {
+            page += &hanging(
+                "  cadence:   ",
+                "once per flow, unless the chain says otherwise",
+            );
+        }
     }
     page += "\nParameters:\n";
     match &policy.params {
@@ -92,6 +98,7 @@ pub fn policy_json(policy: &Policy) -> Value {
         "kind": policy.kind.name(),
         "doc": policy.doc,
         "terminal": policy.terminal,
+        "once": policy.once,
         "hooks": policy.hooks,
         "parameters": parameters,
         "set": set,
@@ -154,6 +161,7 @@ fn type_name(ty: &FieldType) -> &'static str {
         FieldType::Mac => "mac",
         FieldType::Device => "device",
         FieldType::Chain => "chain",
+        FieldType::Token => "token",
         FieldType::Port => "port",
         FieldType::PortRange => "port_range",
         FieldType::Duration => "duration",
@@ -283,6 +291,7 @@ impl Field {
             FieldType::Mac => "02:00:00:00:00:01".into(),
             FieldType::Device => "eth0".into(),
             FieldType::Chain => "NAME".into(),
+            FieldType::Token => "5e1cb2d0".into(),
             FieldType::Port => 443.into(),
             FieldType::PortRange => "8000-8999".into(),
             FieldType::Duration => duration_text(200_000_000.max(low).min(high)).into(),

@@ -94,6 +94,9 @@ impl Field {
                     { "type": "string", "minLength": 1 },
                 ]
             }),
+            FieldType::Token => {
+                json!({ "type": "string", "pattern": "^(0x)?[0-9a-fA-F]{1,8}$" })
+            }
             FieldType::Duration => {
                 json!({ "type": "string", "pattern": "^[0-9]+(ns|us|ms|s|m|h)$" })
             }

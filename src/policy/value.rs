@@ -34,6 +34,7 @@ impl Field {
             FieldType::Bool => Some(self.range.unwrap_or((0, 1))),
             FieldType::Device => Some((1, u32::MAX.into())),
             FieldType::Chain => Some((0, u32::MAX.into())),
+            FieldType::Token => Some((1, u32::MAX.into())),
             FieldType::Port => Some(PORTS),
             FieldType::Enum { flags, names, .. } => {
                 let values = || names.iter().map(|(_, value)| *value);
@@ -104,6 +105,9 @@ impl Field {
             FieldType::Mac => "a MAC address such as \"02:00:00:00:00:01\"".to_owned(),
             FieldType::Device => "the name of a network device".to_owned(),
             FieldType::Chain => "the name of a chain".to_owned(),
+            FieldType::Token => {
+                "a token of 1 to 8 hex digits, as `ss -tniM` and `connections` show it".to_owned()
+            }
             FieldType::Port => "a port from 1 to 65535 or a service name".to_owned(),
             FieldType::PortRange => {
                 "a port from 1 to 65535, a service name, or a range \"LO-HI\"".to_owned()
@@ -201,6 +205,7 @@ pub(super) fn encode(
             let found = names.chain(encoder.text()?);
             put(out, encoder.named(found)?.into(), false);
         }
+        FieldType::Token => put(out, encoder.token()?.into(), false),
         FieldType::Port => put(out, encoder.port()?.into(), true),
         FieldType::PortRange => {
             let (first, last) = encoder.port_range()?;
@@ -382,6 +387,14 @@ impl<'a> Encoder<'a> {
         self.parsed(range.filter(|(low, high)| *low != 0 && low <= high))
     }
 
+    fn token(&self) -> Result<u32, Invalid> {
+        let text = self.text()?;
+        let digits = text.strip_prefix("0x").unwrap_or(text);
+        let plain = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let token = u32::from_str_radix(digits, 16).ok();
+        self.parsed(token.filter(|token| plain && *token != 0))
+    }
+
     fn duration(&self) -> Result<u64, Invalid> {
         let (low, high) = self.field.bounds().unwrap_or_default();
         let parsed = parse_duration(self.text()?);
@@ -423,7 +436,7 @@ fn prefix_text(length: u32, address: Ipv6Addr) -> String {
 }
 
 /// Nanoseconds of a duration such as `200ms`: a whole number and a unit.
-pub(super) fn parse_duration(text: &str) -> Option<u64> {
+pub fn parse_duration(text: &str) -> Option<u64> {
     let end = text.find(|c: char| !c.is_ascii_digit())?;
     let (number, unit) = text.split_at(end);
     let (_, scale) = UNITS.into_iter().find(|(name, _)| *name == unit)?;
@@ -431,7 +444,7 @@ pub(super) fn parse_duration(text: &str) -> Option<u64> {
 }
 
 /// The duration in its greatest unit that leaves a whole number.
-pub(super) fn duration_text(nanoseconds: u64) -> String {
+pub fn duration_text(nanoseconds: u64) -> String {
     let fitting = UNITS
         .into_iter()
         .find(|(_, scale)| nanoseconds != 0 && nanoseconds % scale == 0);
@@ -476,6 +489,7 @@ pub(super) fn decode(ty: &FieldType, bytes: &[u8], names: &dyn ReverseNames) -> 
             }
         }
         FieldType::Duration => duration_text(get(bytes, false)).into(),
+        FieldType::Token => format!("{:08x}", get(bytes, false)).into(),
         FieldType::Bytes => hex_text(bytes, "").into(),
     }
 }

@@ -183,10 +183,6 @@ impl Runner {
             .zip(1u32..)
             .collect();
         let graph = plan::plan(hook, &[main], &subs, &ids, registry)?;
-        let flows = match graph.learns {
-            true => Some(generation::create_flows()?),
-            false => None,
-        };
         let mut sets = BTreeMap::new();
         for (name, set) in &spec.sets {
             sets.insert(
@@ -206,7 +202,7 @@ impl Runner {
             names: &names,
             sets: &sets,
             checksum: checksum_at(main, hook),
-            flows: flows.as_ref(),
+            state: &BTreeMap::new(),
         };
         let generation = generation::load(&graph, &environment)?;
         let before = counters::read(&generation.counters)?;

@@ -4,9 +4,11 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::policy::duration_text;
+
 use super::{
-    Action, Attach, Chain, Checksum, Keys, Mode, OnError, Op, Selector, SetSpec, Spec, Then,
-    VERSION,
+    Action, Attach, Cadence, Chain, Checksum, Keys, Mode, OnError, Op, Selector, SetSpec, Spec,
+    Then, VERSION,
 };
 
 impl Spec {
@@ -103,6 +105,13 @@ fn action(action: &Action) -> Value {
     let mut object = Map::new();
     object.insert("action".into(), action.policy.as_str().into());
     object.extend(sorted(&action.params));
+    match action.cadence {
+        None => None,
+        Some(Cadence::Always) => object.insert("once".into(), false.into()),
+        Some(Cadence::First(1)) => object.insert("once".into(), true.into()),
+        Some(Cadence::First(count)) => object.insert("first".into(), count.into()),
+        Some(Cadence::Every(span)) => object.insert("every".into(), duration_text(span).into()),
+    };
     if action.on_error != OnError::Continue {
         object.insert("on_error".into(), action.on_error.name().into());
     }

@@ -165,6 +165,8 @@ pub struct Action {
     pub policy: String,
     /// What happens when the action gives up.
     pub on_error: OnError,
+    /// How often it is done to the packets of one flow; none: as its policy has it.
+    pub cadence: Option<Cadence>,
     /// Parameters by name, as in the file; known to fit the policy's layout. One of them may be
     /// `{"from": "element"}`: the chain then has a selector whose element gives the value.
     pub params: Map<String, Value>,
@@ -172,6 +174,19 @@ pub struct Action {
     pub references: Vec<Reference>,
     /// Where the action was read.
     pub origin: Origin,
+}
+
+/// How often an action is done to the packets of one flow: the two addresses, ports and the
+/// protocol, whichever end sends. A packet that the action gave up on does not count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Cadence {
+    /// To every packet.
+    #[default]
+    Always,
+    /// To so many.
+    First(u32),
+    /// To one in so many nanoseconds.
+    Every(u64),
 }
 
 /// What happens to a packet whose action gave up (no room, not TCP, ...).

@@ -11,12 +11,12 @@ use serde_json::{Map, Value};
 use super::json::{member, quote, show};
 use super::names::{Permissive, is_device_name, is_name};
 use super::{
-    Action, Attach, Chain, Checksum, Keys, Mode, OnError, Op, Origin, Reference, SET_SIZE_MAX,
-    Selector, SetSpec, Spec, Then, VERSION,
+    Action, Attach, Cadence, Chain, Checksum, Keys, Mode, OnError, Op, Origin, Reference,
+    SET_SIZE_MAX, Selector, SetSpec, Spec, Then, VERSION,
 };
 use crate::error::{Invalid, did_you_mean};
 use crate::hook::{Family, Hook};
-use crate::policy::{Description, ElementParam, Layout, Packed, Policy, Registry};
+use crate::policy::{Description, ElementParam, Layout, Packed, Policy, Registry, parse_duration};
 
 pub(super) const SPEC_KEYS: [&str; 4] = ["$schema", "version", "sets", "chains"];
 pub(super) const SET_KEYS: [&str; 2] = ["kind", "size"];
@@ -26,7 +26,7 @@ pub(super) const ATTACH_KEYS: [&str; 4] = ["device", "hook", "mode", "checksum"]
 /// Keys of a selector that are not its policy's parameters.
 pub(super) const SELECTOR_KEYS: [&str; 5] = ["selector", "op", "not", "set", "keys"];
 /// Keys of an action that are not its policy's parameters.
-pub(super) const ACTION_KEYS: [&str; 2] = ["action", "on_error"];
+pub(super) const ACTION_KEYS: [&str; 5] = ["action", "on_error", "once", "every", "first"];
 /// Keys of an inline key that are not members of the kind's key.
 pub(super) const ARGUMENT_KEYS: [&str; 2] = ["arg", "chain"];
 
@@ -429,6 +429,7 @@ impl<'a> Parser<'a> {
         let action = Action {
             policy: policy.name.clone(),
             on_error,
+            cadence: cadence(&object)?,
             params,
             references,
             origin: self.origin(&object.path),
@@ -593,6 +594,40 @@ impl<'a> Parser<'a> {
         }
         Ok(Keys::Inline(keys))
     }
+}
+
+/// How often an action is done to the packets of a flow, by at most one of three keys.
+fn cadence(action: &Object) -> Result<Option<Cadence>, Invalid> {
+    const DURATION: &str = "a duration such as \"5s\" (units ns us ms s m h), above 0";
+    let mut given = ["once", "first", "every"]
+        .into_iter()
+        .filter_map(|key| Some((key, action.get(key)?)));
+    let Some((key, at)) = given.next() else {
+        return Ok(None);
+    };
+    if let Some((other, second)) = given.next() {
+        return Err(Invalid::new(
+            second.path,
+            format_args!("both \"{key}\" and \"{other}\""),
+            "one of \"once\", \"first\" and \"every\"",
+        )
+        .advice("keep the one that is meant"));
+    }
+    Ok(Some(match key {
+        "once" => match at.value.as_bool() {
+            Some(true) => Cadence::First(1),
+            Some(false) => Cadence::Always,
+            None => return Err(at.invalid("true or false")),
+        },
+        "first" => {
+            let count = at.integer(1, i64::from(u32::MAX))?;
+            Cadence::First(u32::try_from(count).unwrap_or(u32::MAX))
+        }
+        _ => match parse_duration(at.text(DURATION)?).filter(|span| *span > 0) {
+            Some(span) => Cadence::Every(span),
+            None => return Err(at.invalid(DURATION)),
+        },
+    }))
 }
 
 fn version(file: &Object) -> Result<(), Invalid> {

@@ -239,6 +239,31 @@ fn action(policy: &Policy) -> Value {
             "description": "what happens when the action gives up"
         }),
     );
+    own.insert(
+        "once".into(),
+        json!({
+            "type": "boolean",
+            "default": policy.once,
+            "description": "do it to one packet of a flow only"
+        }),
+    );
+    own.insert(
+        "first".into(),
+        json!({
+            "type": "integer",
+            "minimum": 1,
+            "maximum": u32::MAX,
+            "description": "do it to so many packets of a flow"
+        }),
+    );
+    own.insert(
+        "every".into(),
+        json!({
+            "type": "string",
+            "pattern": "^[0-9]+(ns|us|ms|s|m|h)$",
+            "description": "do it to a packet of a flow once in so long"
+        }),
+    );
     let params = policy.params.as_ref().map(Layout::schema_of_action);
     object("action", own, policy, params.unwrap_or_default())
 }

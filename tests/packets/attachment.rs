@@ -38,7 +38,7 @@ fn attach(chains: &Value, hook: Hook, no_link: bool) -> Generation {
         },
         sets: &BTreeMap::new(),
         checksum: Checksum::Auto,
-        flows: None,
+        state: &BTreeMap::new(),
     };
     generation::load(&graph, &environment).unwrap()
 }

@@ -64,14 +64,14 @@ pub(super) struct Target {
     pub(super) place: Place,
     pub(super) mode: Mode,
     pub(super) chains: Vec<Chain>,
-    /// Its handshakes are remembered for this or another hook of the device.
-    pub(super) learns: bool,
+    /// What a learner is to fill here for another hook of the device: names of maps.
+    pub(super) learns: BTreeSet<String>,
 }
 
 impl Target {
     /// Whether anything is left to run.
     pub(super) fn is_empty(&self) -> bool {
-        self.chains.is_empty() && !self.learns
+        self.chains.is_empty() && self.learns.is_empty()
     }
 
     /// Where a chain file asks for it, if one does.
@@ -113,7 +113,7 @@ impl Desired {
                     place: attachment.place.clone(),
                     mode: attachment.record.mode,
                     chains: kept(&attachment.record.chains),
-                    learns: false,
+                    learns: BTreeSet::new(),
                 })
                 .collect(),
         }
@@ -250,7 +250,7 @@ impl Desired {
                 place,
                 mode: attach.mode,
                 chains: vec![chain.clone()],
-                learns: false,
+                learns: BTreeSet::new(),
             }),
         }
         Ok(())

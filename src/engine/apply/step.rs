@@ -50,7 +50,7 @@ impl Step {
                 place: old.place.clone(),
                 mode: old.record.mode,
                 chains: Vec::new(),
-                learns: false,
+                learns: BTreeSet::new(),
             },
             mode: old.record.mode,
             change: Change::Remove,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A change of everything at once: planned, loaded and tried, then committed or taken back.
 
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
-use std::collections::btree_map::{BTreeMap, Entry};
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::os::fd::OwnedFd;
@@ -22,6 +22,7 @@ use crate::hook::{Family, Hook};
 use crate::netns;
 use crate::plan::{self, Graph};
 use crate::policy::Registry;
+use crate::policy::btf::STATE_PREFIXES;
 use crate::spec::{Chain, Checksum, Keys, Mode};
 
 /// A change from what runs to what shall run.
@@ -108,7 +109,7 @@ impl<'a> Transaction<'a> {
     }
 
     /// Adds what a policy needs that looks up connections: learners at its hook, and at one for the
-    /// other direction, where the other half of each handshake passes.
+    /// other direction, where the other half of each connection passes.
     fn add_learners(
         &self,
         mut targets: Vec<Target>,
@@ -116,11 +117,12 @@ impl<'a> Transaction<'a> {
     ) -> Result<Vec<Target>> {
         let mut missing = Vec::new();
         for target in &targets {
-            if self.graph(target, subs)?.reads_flows {
-                missing.push(target.place.clone());
+            let reads = self.graph(target, subs)?.reads;
+            if !reads.is_empty() {
+                missing.push((target.place.clone(), reads));
             }
         }
-        for place in missing {
+        for (place, reads) in missing {
             // Where chains run already: the first that sees a packet. Else one that others share.
             let (hooks, new): (&[Hook], _) = match place.hook.is_ingress() {
                 true => (&[Hook::TcEgress], Hook::TcEgress),
@@ -138,12 +140,12 @@ impl<'a> Transaction<'a> {
                 (target.place.ifindex, target.place.hook) == (place.ifindex, hook)
             };
             match targets.iter_mut().find(same) {
-                Some(target) => target.learns = true,
+                Some(target) => target.learns.extend(reads),
                 None => targets.push(Target {
                     place: Place::find(&place.device, hook)?,
                     mode: Mode::Auto,
                     chains: Vec::new(),
-                    learns: true,
+                    learns: reads,
                 }),
             }
         }
@@ -159,10 +161,7 @@ impl<'a> Transaction<'a> {
             &self.desired.ids,
             self.store.registry(),
         )?;
-        match target.learns {
-            true => Ok(graph.with_learner()?),
-            false => Ok(graph),
-        }
+        Ok(graph.with_learner(&target.learns)?)
     }
 
     /// From what runs at a hook, if anything does, to what shall run there.
@@ -260,9 +259,12 @@ impl<'a> Transaction<'a> {
         let changing = steps.iter().filter(|step| changes(step));
         let all = changing.map(|step| step.graph.nodes.len()).sum();
         let mut loaded = 0;
-        let flows = flows(&steps)?;
+        let mut kept = Kept::read(&steps)?;
         for step in steps.iter_mut().filter(|step| changes(step)) {
-            step.new = Some(self.load_one(step, flows.get(&step.target.place.ifindex))?);
+            let device = step.target.place.ifindex;
+            let new = self.load_one(step, &kept.of(device)?)?;
+            kept.add(device, &new.state)?;
+            step.new = Some(new);
             loaded += step.graph.nodes.len();
             if let Some(progress) = self.options.progress {
                 progress(loaded, all);
@@ -272,7 +274,7 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    fn load_one(&self, step: &Step, flows: Option<&OwnedFd>) -> Result<Generation> {
+    fn load_one(&self, step: &Step, state: &BTreeMap<String, OwnedFd>) -> Result<Generation> {
         let sets = self.sets(&step.graph)?;
         let place = &step.target.place;
         let names = SystemNames {
@@ -287,7 +289,7 @@ impl<'a> Transaction<'a> {
             names: &names,
             sets: &sets,
             checksum: Checksum::asked(&step.target.chains, &place.device, place.hook),
-            flows: flows.filter(|_| step.graph.learns),
+            state,
         };
         let generation = generation::load(&step.graph, &environment)?;
         try_out(&generation, place.hook)?;
@@ -420,21 +422,44 @@ impl<'a> Transaction<'a> {
     }
 }
 
-/// The maps of connections of the devices that learn, by interface index: all hooks of a device
-/// share one, and a change carries it over.
-fn flows(steps: &[Step]) -> Result<BTreeMap<u32, OwnedFd>> {
-    let mut flows = BTreeMap::new();
-    for old in steps.iter().filter_map(|step| step.old.as_ref()) {
-        if let Some(known) = old.flows()? {
-            flows.insert(old.place.ifindex, known);
+/// The maps that a change carries over, by device and name. All hooks of a device share one of
+/// each, those of [`EVERYWHERE`] all devices.
+#[derive(Default)]
+struct Kept(BTreeMap<(u32, String), OwnedFd>);
+
+/// Stands for no device: maps of the network namespace.
+const EVERYWHERE: u32 = 0;
+
+impl Kept {
+    fn read(steps: &[Step]) -> Result<Kept> {
+        let mut kept = Kept::default();
+        for old in steps.iter().filter_map(|step| step.old.as_ref()) {
+            kept.add(old.place.ifindex, &old.state()?)?;
         }
+        Ok(kept)
     }
-    for step in steps.iter().filter(|step| step.graph.learns) {
-        if let Entry::Vacant(missing) = flows.entry(step.target.place.ifindex) {
-            missing.insert(generation::create_flows()?);
+
+    fn add(&mut self, device: u32, state: &BTreeMap<String, OwnedFd>) -> Result<()> {
+        for (name, map) in state {
+            let owner = if name.starts_with(STATE_PREFIXES[1]) {
+                EVERYWHERE
+            } else {
+                device
+            };
+            self.0.insert((owner, name.clone()), map.try_clone()?);
         }
+        Ok(())
     }
-    Ok(flows)
+
+    /// What a device's programs are to use.
+    fn of(&self, device: u32) -> Result<BTreeMap<String, OwnedFd>> {
+        let own = self
+            .0
+            .iter()
+            .filter(|((owner, _), _)| [EVERYWHERE, device].contains(owner));
+        own.map(|((_, name), map)| Ok((name.clone(), map.try_clone()?)))
+            .collect()
+    }
 }
 
 /// The carrier that was asked for when an attachment was made.

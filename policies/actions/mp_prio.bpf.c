@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#include "policy.h"
+#include "mptcp_acks.h"
+
+struct params {
+	bool backup __required
+		__doc("true: only use the subflow while no other works; false: use it again");
+};
+PARAMS;
+
+/*
+ * The form with an address id (RFC 8684, 3.3.8), which could name another subflow, is ignored by
+ * Linux, so there is none here.
+ */
+ACTION(mp_prio,
+       "ask the receiver to use the subflow as backup or not, by an MP_PRIO option on the next "
+       "packet with room", ONCE)
+{
+	struct options_scratch *scratch = tcp_options_scratch();
+	struct mptcp_segment mptcp = {};
+	enum reason reason = mptcp_parse_to_add(ctx, &mptcp);
+
+	if (reason)
+		return SKIP(reason);
+	if (!scratch)
+		return SKIP(REASON_HELPER_FAILED);
+	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_MP_PRIO))
+		return SKIP(REASON_OPTION_PRESENT);
+	scratch->insert[0] = OPTION_KIND_MPTCP;
+	scratch->insert[1] = MP_PRIO_LENGTH;
+	scratch->insert[2] = MPTCP_SUBTYPE_MP_PRIO << 4 | (PARAM(backup) ? MP_BACKUP : 0);
+	reason = mptcp_add(ctx, &mptcp, scratch, MP_PRIO_LENGTH);
+	if (!reason)
+		subflow_end(mptcp.subflow, mptcp.sender)->backup = PARAM(backup);
+	return done_or_skip(reason);
+}

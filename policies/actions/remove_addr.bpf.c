@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#include "policy.h"
+#include "mptcp_acks.h"
+
+struct params {
+	__u8 id __required
+		__guard("0", "unsafe", "the address of the first subflow, and the receiver may end all")
+		__doc("address id that the sender is said to have lost");
+	bool unsafe __doc("allow the id 0");
+};
+PARAMS;
+
+#define REMOVE_ADDR_LENGTH 4
+
+ACTION(remove_addr,
+       "have the receiver give up the subflows of an address, by a REMOVE_ADDR option on the next "
+       "packet with room", ONCE)
+{
+	struct options_scratch *scratch = tcp_options_scratch();
+	struct mptcp_segment mptcp = {};
+	enum reason reason = mptcp_parse_to_add(ctx, &mptcp);
+
+	if (reason)
+		return SKIP(reason);
+	if (!scratch)
+		return SKIP(REASON_HELPER_FAILED);
+	if (!PARAM(id) && !PARAM(unsafe))
+		return SKIP(REASON_UNSAFE);
+	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_REMOVE_ADDR))
+		return SKIP(REASON_OPTION_PRESENT);
+	scratch->insert[0] = OPTION_KIND_MPTCP;
+	scratch->insert[1] = REMOVE_ADDR_LENGTH;
+	scratch->insert[2] = MPTCP_SUBTYPE_REMOVE_ADDR << 4;
+	scratch->insert[3] = PARAM(id);
+	return done_or_skip(mptcp_add(ctx, &mptcp, scratch, REMOVE_ADDR_LENGTH));
+}

@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#include "policy.h"
+#include "mptcp_acks.h"
+
+/* RFC 8684, 3.6: "MP_TCPRST Reason Codes". */
+enum reset_reason {
+	RESET_REASON_UNSPECIFIED,
+	RESET_REASON_MPTCP_ERROR,
+	RESET_REASON_LACK_OF_RESOURCES,
+	RESET_REASON_ADMINISTRATIVE,
+	RESET_REASON_TOO_MUCH_DATA,
+	RESET_REASON_UNACCEPTABLE_PERFORMANCE,
+	RESET_REASON_MIDDLEBOX,
+} __attribute__((packed));
+
+struct params {
+	enum reset_reason reason __range(0, 255) __default("administrative")
+		__doc("why, by name or number (RFC 8684, 3.6)");
+	bool transient __doc("tell the receiver that it may try again");
+};
+PARAMS;
+
+#define TCPRST_TRANSIENT 1
+
+/* Makes the segment a RST in place. */
+static __always_inline enum reason flags_to_reset(hook_ctx *ctx, const struct segment *segment)
+{
+	const __u32 offset = 12; /* data offset and flags */
+	__u8 *field = pkt_at(ctx, segment->at.transport + offset, 2);
+	__be16 word;
+
+	if (!field)
+		return REASON_TRUNCATED;
+	__builtin_memcpy(&word, field, sizeof(word));
+	word &= ~bpf_htons(TCP_FLAG_FIN | TCP_FLAG_PSH | TCP_FLAG_URG | TCP_FLAG_SYN);
+	word |= bpf_htons(TCP_FLAG_RST);
+	return tcp_store16(ctx, segment, offset, word);
+}
+
+ACTION(reset_subflow,
+       "end the subflow for the receiver: its next packet becomes a RST with MP_TCPRST; the "
+       "connection goes on by its other subflows")
+{
+	struct options_scratch *scratch = tcp_options_scratch();
+	struct mptcp_segment mptcp = {};
+	enum reason reason = mptcp_parse(ctx, &mptcp);
+	__u64 marked;
+
+	if (reason)
+		return SKIP(reason);
+	if (mptcp.segment.at.authenticated)
+		return SKIP(REASON_AUTHENTICATED);
+	if (mptcp.segment.flags & (TCP_FLAG_SYN | TCP_FLAG_RST))
+		return SKIP(REASON_SYN);
+	if (!scratch)
+		return SKIP(REASON_HELPER_FAILED);
+	marked = tcp_options_marked(ctx, &mptcp.segment, OPTION_KIND_MPTCP, MPTCP_SUBTYPE_ANY);
+	scratch->insert[0] = OPTION_KIND_MPTCP;
+	scratch->insert[1] = MP_TCPRST_LENGTH;
+	scratch->insert[2] = MPTCP_SUBTYPE_MP_TCPRST << 4 |
+			     (PARAM(transient) ? TCPRST_TRANSIENT : 0);
+	scratch->insert[3] = PARAM(reason);
+	reason = tcp_options_exchange(ctx, &mptcp.segment, scratch, marked, MP_TCPRST_LENGTH);
+	if (reason)
+		return SKIP(reason);
+	/* The header may have grown. */
+	if (parse_tcp(ctx, &mptcp.segment) || flags_to_reset(ctx, &mptcp.segment))
+		return SKIP(REASON_HALF_DONE);
+	return DONE;
+}

@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#include "policy.h"
+#include "held.h"
+#include "mptcp_acks.h"
+
+struct params {
+	duration_t after __doc("how long to hold it, from when it was last sent");
+};
+PARAMS;
+
+/* The sender's option to give next; NULL: none is due. */
+static __always_inline struct held_option *held_due(const struct mptcp_segment *mptcp)
+{
+	struct held_options *held = bpf_map_lookup_elem(&pcd_held, &mptcp->flow);
+	struct held_option *slot;
+	__u64 now = bpf_ktime_get_ns();
+	__u32 i;
+
+	if (!held)
+		return (void *)0;
+#pragma unroll
+	for (i = 0; i < HELD_SLOTS; i++) {
+		slot = mptcp->sender ? &held->ends[1][i] : &held->ends[0][i];
+		if (slot->length && now - slot->since >= params.after)
+			return slot;
+	}
+	return (void *)0;
+}
+
+ACTION(restore_add_addr, "give back what hold_add_addr holds, one address on a packet with room")
+{
+	struct options_scratch *scratch = tcp_options_scratch();
+	struct mptcp_segment mptcp = {};
+	enum reason reason = mptcp_parse_to_add(ctx, &mptcp);
+	struct held_option *held;
+	__u32 size;
+
+	if (reason)
+		return SKIP(reason);
+	if (!scratch)
+		return SKIP(REASON_HELPER_FAILED);
+	held = held_due(&mptcp);
+	if (!held)
+		return SKIP(REASON_NOT_HELD);
+	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_ADD_ADDR))
+		return SKIP(REASON_OPTION_PRESENT);
+	size = held->length;
+	if (size > HELD_MAX)
+		return SKIP(REASON_BAD_OPTION);
+	__builtin_memcpy(scratch->insert, held->option, HELD_MAX);
+	reason = mptcp_add(ctx, &mptcp, scratch, size);
+	if (!reason)
+		held->length = 0;
+	return done_or_skip(reason);
+}

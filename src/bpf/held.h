@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* Addresses whose announcement is held back, to be given later. */
+#pragma once
+
+#include "subflow.h"
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct flow_id);
+	__type(value, struct held_options);
+} pcd_held SEC(".maps");
+
+static __always_inline struct held_option *held_slot(struct held_options *held, __u32 sender,
+						     __u32 slot)
+{
+	slot &= HELD_SLOTS - 1;
+	asm volatile("" : "+r"(slot)); /* the verifier must see one number compared and used */
+	if (slot >= HELD_SLOTS)
+		return (void *)0;
+	return sender ? &held->ends[1][slot] : &held->ends[0][slot];
+}
