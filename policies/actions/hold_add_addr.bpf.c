@@ -12,6 +12,7 @@ static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segmen
 	struct held_option *slot;
 	__u8 *option = mptcp_option(ctx, &mptcp->segment, mptcp->index, MPTCP_SUBTYPE_ADD_ADDR, 4);
 	__u32 at, length;
+	bool same;
 
 	if (!option || option[2] & ADD_ADDR_ECHO)
 		return REASON_OPTION_ABSENT;
@@ -30,12 +31,15 @@ static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segmen
 	length = option[1];
 	if (!slot || length > HELD_MAX)
 		return REASON_BAD_OPTION;
+	same = slot->option[3] == option[3];
 	at = mptcp->segment.at.transport + sizeof(struct tcphdr) - 1 +
 	     (mptcp->index >> MPTCP_SUBTYPE_ADD_ADDR * MPTCP_INDEX_BITS & MPTCP_INDEX_MASK);
 	length = bounded(length - 1, sizeof(slot->option) - 1) + 1;
 	if (pkt_load(ctx, at, slot->option, length))
 		return REASON_TRUNCATED;
-	slot->since = bpf_ktime_get_ns();
+	/* sent again, it is still the one held */
+	if (!slot->length || !same)
+		slot->since = bpf_ktime_get_ns();
 	slot->length = length;
 	return REASON_NONE;
 }

@@ -4,7 +4,7 @@
 #include "mptcp_acks.h"
 
 struct params {
-	duration_t after __doc("how long to hold it, from when it was last sent");
+	duration_t after __doc("how long it is held, from when it was first taken out");
 };
 PARAMS;
 
