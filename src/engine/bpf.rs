@@ -19,7 +19,10 @@ pub(super) mod tc {
 
 pub use xdp::types;
 
-use types::{attachment, chain_ctx, element, flow_id, flow_state, node_config, node_stats};
+use types::{
+    attachment, chain_ctx, connection, element, flow_id, flow_state, node_config, node_stats, report,
+    subflow,
+};
 
 include!(concat!(env!("OUT_DIR"), "/reasons.rs"));
 
@@ -33,6 +36,12 @@ unsafe impl plain::Plain for element {}
 unsafe impl plain::Plain for chain_ctx {}
 // SAFETY: as above.
 unsafe impl plain::Plain for attachment {}
+// SAFETY: as above; the generated struct names the four bytes behind its options.
+unsafe impl plain::Plain for report {}
+// SAFETY: as above.
+unsafe impl plain::Plain for subflow {}
+// SAFETY: as above.
+unsafe impl plain::Plain for connection {}
 
 /// Size of a per-packet context, in bytes.
 pub const CONTEXT_SIZE: u32 = size_of::<chain_ctx>() as u32;
