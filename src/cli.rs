@@ -15,6 +15,7 @@ use policy_chain::engine::store::{DEFAULT_FOLDER, Store};
 use policy_chain::engine::view;
 use policy_chain::error::{EXIT_DONE, EXIT_FAILED, Invalid};
 use policy_chain::hook::Hook;
+use policy_chain::monitor::connections;
 use policy_chain::policy::{self, Registry};
 use policy_chain::replay::{self, Runner};
 use policy_chain::spec::{self, Chain, Spec, json};
@@ -104,6 +105,21 @@ enum Command {
     Set {
         #[command(subcommand)]
         command: SetCommand,
+    },
+    /// List the TCP and MPTCP connections that chains here know of, with their subflows
+    ///
+    /// Those of MPTCP are known while a chain with an MPTCP policy runs; all of TCP, and packets,
+    /// bytes, rates and round-trip times, with the action "record". RTT is from this device to the
+    /// other end; it takes a chain on both directions of the device.
+    Connections {
+        /// Those that have ended too
+        #[arg(long)]
+        all: bool,
+        /// How long to watch for the rates: 200ms, 2s, ...
+        #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = parse_time)]
+        over: Duration,
+        #[command(flatten)]
+        output: Output,
     },
     /// List the policies, or describe one
     Policies {
@@ -272,6 +288,12 @@ struct Output {
 /// How long a command works without a word.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+fn parse_time(text: &str) -> Result<Duration, String> {
+    policy::parse_duration(text)
+        .map(Duration::from_nanos)
+        .ok_or_else(|| "expected a number and a unit: 200ms, 5s, 1m".to_owned())
+}
+
 fn parse_hook(text: &str) -> Result<Hook, String> {
     text.parse().map_err(|()| {
         format!(
@@ -304,6 +326,7 @@ pub fn run(cli: Cli) -> Result<u8> {
             delete(folder, |store| apply::delete(store, &names, force))
         }
         Command::Set { command } => set(folder, command),
+        Command::Connections { all, over, output } => connections(folder, all, over, &output),
         Command::Policies { name, output } => policies(name.as_deref(), &output),
         Command::Schema => print_json(&spec::schema(Registry::embedded()?)),
         Command::Replay(arguments) => replay(&arguments),
@@ -402,6 +425,19 @@ fn show(folder: &Path, name: &str, output: &Output) -> Result<u8> {
         return print_json(&view.to_json_with_nodes());
     }
     print(&view.page())
+}
+
+fn connections(folder: &Path, all: bool, over: Duration, output: &Output) -> Result<u8> {
+    let mut found = connections::read_with_rates(&Store::open(folder)?, over)?;
+    found.retain(|connection| all || !connection.is_over());
+    if output.json {
+        let list: Vec<Value> = found
+            .iter()
+            .map(|connection| connection.to_json())
+            .collect();
+        return print_json(&list.into());
+    }
+    print(&connections::table(&found))
 }
 
 fn set(folder: &Path, command: SetCommand) -> Result<u8> {

@@ -35,9 +35,11 @@
 //! # }
 //! ```
 
+pub mod agent;
 pub mod engine;
 pub mod error;
 pub mod hook;
+pub mod monitor;
 pub mod netns;
 pub mod plan;
 pub mod policy;

@@ -92,7 +92,7 @@ ACTION(record,
 	if (reason && reason != REASON_NOT_MPTCP)
 		return SKIP(reason);
 	if (!mptcp.subflow) {
-		mptcp.subflow = subflow_begin(&mptcp.flow, INITIATOR_UNKNOWN);
+		mptcp.subflow = subflow_begin(&mptcp.flow, mptcp.sender, INITIATOR_UNKNOWN);
 		if (!mptcp.subflow)
 			return SKIP(REASON_HELPER_FAILED);
 	}

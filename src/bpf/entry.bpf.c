@@ -4,7 +4,8 @@
  * first node. Its counters are those of the attachment.
  */
 #include "node.h"
-#include "flow_types.h"
+#include "mptcp_types.h"
+#include "tcp_flags.h"
 
 /* Never read: it brings the types user space shares with nodes into this object's BTF. */
 struct shared_types {
@@ -19,6 +20,14 @@ struct shared_types {
 	struct attachment attachment;
 	struct flow_id flow_id;
 	struct flow_state flow_state;
+	enum tcp_flag tcp_flag;
+	struct report report;
+	struct subflow subflow;
+	struct connection connection;
+	enum subflow_flags subflow_flags;
+	struct ack_key ack_key;
+	struct saved_ack saved_ack;
+	struct held_options held_options;
 };
 
 const volatile struct shared_types shared_types;

@@ -39,7 +39,9 @@ enum subflow_flags {
 /* A TCP connection by itself, or a subflow of an MPTCP connection. Key: struct flow_id. */
 struct subflow {
 	__u32 flags;		/* enum subflow_flags */
-	__u32 initiator;	/* end that sent the SYN: 0 or 1; 2: not seen */
+	__u8 initiator;		/* end that sent the SYN: 0 or 1; 2: not seen */
+	__u8 local;		/* end on this host's side of the device, as for chains: 0 or 1 */
+	__u8 pad[2];
 	__u64 opened_at;
 	struct subflow_end ends[2]; /* as in struct flow_id */
 };

@@ -37,7 +37,8 @@ static __always_inline struct subflow_end *subflow_end(struct subflow *subflow, 
 static const struct subflow fresh_subflow;
 
 /* Begins to remember a subflow, forgetting what was known by its name. NULL on failure. */
-static __always_inline struct subflow *subflow_begin(const struct flow_id *flow, __u32 initiator)
+static __always_inline struct subflow *subflow_begin(const struct flow_id *flow, __u32 sender,
+						     __u32 initiator)
 {
 	struct subflow *subflow;
 
@@ -46,6 +47,7 @@ static __always_inline struct subflow *subflow_begin(const struct flow_id *flow,
 	subflow = bpf_map_lookup_elem(&pcd_subflows, flow);
 	if (subflow) {
 		subflow->initiator = initiator;
+		subflow->local = node.flags & NODE_INGRESS ? !sender : !!sender;
 		subflow->opened_at = bpf_ktime_get_ns();
 	}
 	return subflow;

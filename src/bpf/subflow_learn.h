@@ -60,7 +60,7 @@ static __always_inline void subflow_learn_syn(hook_ctx *ctx, struct mptcp_segmen
 			bpf_map_delete_elem(&pcd_subflows, &mptcp->flow);
 		return;
 	}
-	known = subflow_begin(&mptcp->flow, mptcp->sender);
+	known = subflow_begin(&mptcp->flow, mptcp->sender, mptcp->sender);
 	if (!known)
 		return;
 	own = subflow_end(known, mptcp->sender);
@@ -100,7 +100,7 @@ static __always_inline struct subflow *subflow_learn_late(const struct mptcp_seg
 	struct subflow *subflow = mptcp->subflow;
 
 	if (!subflow)
-		subflow = subflow_begin(&mptcp->flow, INITIATOR_UNKNOWN);
+		subflow = subflow_begin(&mptcp->flow, mptcp->sender, INITIATOR_UNKNOWN);
 	if (subflow)
 		subflow->flags = SUBFLOW_ACCEPTED | SUBFLOW_ESTABLISHED;
 	return subflow;

@@ -3,22 +3,10 @@
 #pragma once
 
 #include "csum.h"
+#include "tcp_flags.h"
 
 #define TCP_MAX_HEADER 60
 #define TCP_MAX_OPTIONS 40
-
-/* Bits of the 13th and 14th byte, as one 16-bit word in host order. */
-enum tcp_flag {
-	TCP_FLAG_FIN = 1 << 0,
-	TCP_FLAG_SYN = 1 << 1,
-	TCP_FLAG_RST = 1 << 2,
-	TCP_FLAG_PSH = 1 << 3,
-	TCP_FLAG_ACK = 1 << 4,
-	TCP_FLAG_URG = 1 << 5,
-	TCP_FLAG_ECE = 1 << 6,
-	TCP_FLAG_CWR = 1 << 7,
-	TCP_FLAG_AE = 1 << 8,	/* accurate ECN, formerly NS */
-};
 
 /* A TCP segment whose whole header is linear. */
 struct segment {

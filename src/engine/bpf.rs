@@ -19,7 +19,10 @@ pub(super) mod tc {
 
 pub use xdp::types;
 
-use types::{attachment, chain_ctx, element, node_config, node_stats};
+use types::{
+    ack_key, attachment, chain_ctx, connection, element, flow_id, held_options, node_config,
+    node_stats, report, saved_ack, subflow,
+};
 
 include!(concat!(env!("OUT_DIR"), "/reasons.rs"));
 
@@ -33,6 +36,20 @@ unsafe impl plain::Plain for element {}
 unsafe impl plain::Plain for chain_ctx {}
 // SAFETY: as above.
 unsafe impl plain::Plain for attachment {}
+// SAFETY: as above; the generated struct names the four bytes behind its options.
+unsafe impl plain::Plain for report {}
+// SAFETY: as above.
+unsafe impl plain::Plain for flow_id {}
+// SAFETY: as above.
+unsafe impl plain::Plain for ack_key {}
+// SAFETY: as above; the generated struct names the bytes behind its frame.
+unsafe impl plain::Plain for saved_ack {}
+// SAFETY: as above.
+unsafe impl plain::Plain for held_options {}
+// SAFETY: as above.
+unsafe impl plain::Plain for subflow {}
+// SAFETY: as above.
+unsafe impl plain::Plain for connection {}
 
 /// Size of a per-packet context, in bytes.
 pub const CONTEXT_SIZE: u32 = size_of::<chain_ctx>() as u32;
@@ -43,8 +60,16 @@ pub const STATS_SIZE: u32 = size_of::<node_stats>() as u32;
 /// Size of the value of a set's element, in bytes.
 pub const ELEMENT_SIZE: u32 = size_of::<element>() as u32;
 
+/// A value of one of the types above, from what the kernel gave; none of another size.
+pub fn value_of<T: plain::Plain + Default>(bytes: &[u8]) -> Option<T> {
+    let mut value = T::default();
+    (bytes.len() == size_of::<T>()).then_some(())?;
+    plain::copy_from_bytes(&mut value, bytes).ok()?;
+    Some(value)
+}
+
 /// A value of one of the types above, as the kernel takes it.
-pub(super) fn bytes_of<T: plain::Plain>(value: &T) -> &[u8] {
+pub fn bytes_of<T: plain::Plain>(value: &T) -> &[u8] {
     // SAFETY: what is marked plain here has no padding, so every byte is initialised.
     unsafe { plain::as_bytes(value) }
 }

@@ -550,11 +550,24 @@ impl Attachment {
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let mut state = BTreeMap::new();
         for name in names.filter(|name| is_state(name)) {
-            let map = sys::open_pin(&folder.join(&name))
-                .map_err(|error| kernel_error(format!("open the map {name}"), &error))?;
+            let map = self.kept(&name)?;
             state.insert(name, map);
         }
         Ok(state)
+    }
+
+    /// Whether the live generation has such a map.
+    pub fn keeps(&self, name: &str) -> bool {
+        self.generation().join(name).exists()
+    }
+
+    /// One of its maps that are kept.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn kept(&self, name: &str) -> Result<OwnedFd> {
+        sys::open_pin(&self.generation().join(name))
+            .map_err(|error| kernel_error(format!("open the map {name}"), &error))
     }
 
     /// What nodes counted since they were first applied, in their order; the entry's last.

@@ -102,3 +102,39 @@ fn device_ioctl(operation: libc::Ioctl, request: &mut libc::ifreq) -> io::Result
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// Sends a frame, link header first, from a device.
+pub fn packet_send(ifindex: u32, frame: &[u8]) -> io::Result<()> {
+    let socket: OwnedFd = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: frame
+            .get(12..14)
+            .map_or(0, |kind| u16::from_ne_bytes([kind[0], kind[1]])),
+        sll_ifindex: super::ifindex_int(ifindex)?,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 6,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: both buffers are live, and their lengths are given.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            std::ptr::from_ref(&address).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    if sent < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -23,7 +23,7 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 pub use clsact::{clsact_attach, clsact_detach, clsact_query};
-pub use device::{device_driver, device_index, device_mtu, device_name, device_type};
+pub use device::{device_driver, device_index, device_mtu, device_name, device_type, packet_send};
 pub use libbpf_rs::{MapType, ProgramType};
 pub use link::{
     Attached, AttachedMode, LinkInfo, LinkKind, TcDirection, XdpMode, link_by_id, link_detach,
@@ -36,7 +36,9 @@ pub use map::{
     percpu_read, percpu_zero, possible_cpus, wait_rcu,
 };
 pub use pin::{FolderLock, ensure_bpffs, is_bpffs, lock_folder, mount_bpffs, open_pin, pin, unpin};
-pub use prog::{Ids, ProgInfo, TestRun, prog_by_id, prog_info, programs, test_run};
+pub use prog::{
+    Ids, ProgInfo, TestRun, prog_by_id, prog_info, programs, receive, test_run, xdp_pass_load,
+};
 
 /// `ENOTSUPP` of the kernel's own headers, which some BPF operations leak to user space.
 const ENOTSUPP: i32 = 524;

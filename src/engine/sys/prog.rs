@@ -222,3 +222,54 @@ fn context(prog: BorrowedFd<'_>, frame_len: u32, ifindex: u32) -> io::Result<Vec
     context[SK_BUFF_WORDS - 1] = ifindex;
     Ok(context)
 }
+
+/// Runs an XDP program on a frame as if the device had received it: what it lets pass goes up the
+/// stack, what it redirects is sent (`BPF_F_TEST_XDP_LIVE_FRAMES`, Linux 5.18).
+pub fn receive(prog: impl AsFd, frame: &[u8], ifindex: u32) -> io::Result<()> {
+    let prog = prog.as_fd();
+    let context = context(prog, len32(frame.len())?, ifindex)?;
+    let mut opts = libbpf_sys::bpf_test_run_opts {
+        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as _,
+        data_in: frame.as_ptr().cast(),
+        data_size_in: len32(frame.len())?,
+        ctx_in: context.as_ptr().cast(),
+        ctx_size_in: len32(size_of_val(context.as_slice()))?,
+        repeat: 1,
+        flags: libbpf_sys::BPF_F_TEST_XDP_LIVE_FRAMES,
+        ..Default::default()
+    };
+    // SAFETY: every pointer leads to a live buffer of the size stated beside it.
+    check(unsafe { libbpf_sys::bpf_prog_test_run_opts(prog.as_raw_fd(), &mut opts) }).map(drop)
+}
+
+/// Loads an XDP program that lets every frame pass.
+pub fn xdp_pass_load() -> io::Result<OwnedFd> {
+    const XDP_PASS: i32 = 2;
+    let instruction = |code: u32, imm| {
+        let mut instruction = libbpf_sys::bpf_insn {
+            code: code as u8,
+            imm,
+            ..Default::default()
+        };
+        instruction.set_dst_reg(0);
+        instruction
+    };
+    let instructions = [
+        instruction(
+            libbpf_sys::BPF_ALU64 | libbpf_sys::BPF_MOV | libbpf_sys::BPF_K,
+            XDP_PASS,
+        ),
+        instruction(libbpf_sys::BPF_JMP | libbpf_sys::BPF_EXIT, 0),
+    ];
+    // SAFETY: literals and a live array with its length; the result is a new descriptor.
+    unsafe {
+        owned(libbpf_sys::bpf_prog_load(
+            libbpf_sys::BPF_PROG_TYPE_XDP,
+            c"pc_pass".as_ptr(),
+            c"GPL".as_ptr(),
+            instructions.as_ptr(),
+            instructions.len() as _,
+            std::ptr::null_mut(),
+        ))
+    }
+}
