@@ -350,7 +350,14 @@ fn apply(folder: &Path, arguments: &Apply) -> Result<u8> {
     if report.is_err() || arguments.dry_run {
         store.remove_if_empty()?;
     }
-    print_report(&report?, arguments.output.json)
+    let report = report?;
+    report.warnings().iter().for_each(|warning| warn(warning));
+    print_report(&report, arguments.output.json)
+}
+
+fn warn(message: &str) {
+    // There is nobody left to tell if this fails.
+    drop(writeln!(std::io::stderr(), "warning: {message}"));
 }
 
 fn delete(folder: &Path, change: impl Fn(&Store) -> Result<Report>) -> Result<u8> {

@@ -299,6 +299,16 @@ impl Checksum {
     }
 }
 
+impl Keys {
+    /// The named set, if it is one.
+    pub fn set(&self) -> Option<&str> {
+        match self {
+            Keys::Set(name) => Some(name),
+            _ => None,
+        }
+    }
+}
+
 impl Attach {
     /// Whether it stands for every device whose name matches.
     pub fn is_pattern(&self) -> bool {
