@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use policy_chain::agent;
 use policy_chain::engine::apply::{self, Change, Options, Report};
 use policy_chain::engine::generation::CarrierChoice;
 use policy_chain::engine::sets::{self, NamedSet};
@@ -100,6 +101,12 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Attach chains to devices as they come, until interrupted
+    ///
+    /// Chains whose device went are attached again when it comes back, and those of a pattern to
+    /// each new device that matches. Works in the network namespace it is started in. Chains run
+    /// without it; if it ends, they go on.
+    Agent,
     /// Look at and change sets while chains run
     Set {
         #[command(subcommand)]
@@ -302,6 +309,10 @@ pub fn run(cli: Cli) -> Result<u8> {
                 return delete(folder, |store| apply::delete_all(store, all_netns));
             }
             delete(folder, |store| apply::delete(store, &names, force))
+        }
+        Command::Agent => {
+            agent::run(folder, agent::stop_signals()?)?;
+            Ok(EXIT_DONE)
         }
         Command::Set { command } => set(folder, command),
         Command::Policies { name, output } => policies(name.as_deref(), &output),
