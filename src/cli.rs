@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use policy_chain::agent;
 use policy_chain::engine::apply::{self, Change, Options, Report};
 use policy_chain::engine::generation::CarrierChoice;
 use policy_chain::engine::sets::{self, NamedSet};
@@ -101,6 +102,12 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Attach chains to devices as they come, until interrupted
+    ///
+    /// Chains whose device went are attached again when it comes back, and those of a pattern to
+    /// each new device that matches. Works in the network namespace it is started in. Chains run
+    /// without it; if it ends, they go on.
+    Agent,
     /// Look at and change sets while chains run
     Set {
         #[command(subcommand)]
@@ -325,6 +332,10 @@ pub fn run(cli: Cli) -> Result<u8> {
             }
             delete(folder, |store| apply::delete(store, &names, force))
         }
+        Command::Agent => {
+            agent::run(folder, agent::stop_signals()?)?;
+            Ok(EXIT_DONE)
+        }
         Command::Set { command } => set(folder, command),
         Command::Connections { all, over, output } => connections(folder, all, over, &output),
         Command::Policies { name, output } => policies(name.as_deref(), &output),
@@ -373,7 +384,14 @@ fn apply(folder: &Path, arguments: &Apply) -> Result<u8> {
     if report.is_err() || arguments.dry_run {
         store.remove_if_empty()?;
     }
-    print_report(&report?, arguments.output.json)
+    let report = report?;
+    report.warnings().iter().for_each(|warning| warn(warning));
+    print_report(&report, arguments.output.json)
+}
+
+fn warn(message: &str) {
+    // There is nobody left to tell if this fails.
+    drop(writeln!(std::io::stderr(), "warning: {message}"));
 }
 
 fn delete(folder: &Path, change: impl Fn(&Store) -> Result<Report>) -> Result<u8> {

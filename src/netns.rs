@@ -21,6 +21,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::geteuid;
 
 use crate::error::{Invalid, Refused};
@@ -45,6 +46,70 @@ pub fn current_id() -> Result<u64> {
     let path = "/proc/thread-self/ns/net";
     let metadata = fs::metadata(path).with_context(|| format!("cannot read {path}"))?;
     Ok(metadata.ino())
+}
+
+/// A network namespace in a way that no later one shares: inode numbers are used again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Id {
+    pub inode: u64,
+    /// The kernel's own number, used once.
+    pub cookie: u64,
+}
+
+impl Id {
+    /// The calling thread's.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn current() -> Result<Id> {
+        Ok(Id {
+            inode: current_id()?,
+            cookie: current_cookie().context("ask for the network namespace's cookie")?,
+        })
+    }
+}
+
+fn current_cookie() -> io::Result<u64> {
+    /// asm-generic/socket.h, Linux 5.14
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let family = AddressFamily::Unix;
+    let socket = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the option writes a u64 at most, for which there is room, and its length.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    match result {
+        0 => Ok(cookie),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether some process is in the network namespace, or it is mounted where this process sees it.
+/// What cannot be read counts as alive.
+pub fn is_alive(inode: u64) -> bool {
+    let name = format!("net:[{inode}]");
+    let Ok(mounts) = fs::read_to_string("/proc/thread-self/mountinfo") else {
+        return true;
+    };
+    // ID PARENT DEVICE ROOT POINT ...
+    let is_mounted = |line: &str| line.split(' ').nth(3) == Some(&name);
+    if mounts.lines().any(is_mounted) {
+        return true;
+    }
+    let Ok(processes) = fs::read_dir("/proc") else {
+        return true;
+    };
+    processes
+        .filter_map(|process| fs::read_link(process.ok()?.path().join("ns/net")).ok())
+        .any(|link| link.as_os_str() == OsStr::new(&name))
 }
 
 /// An open named network namespace. Clones share one descriptor.

@@ -821,6 +821,7 @@ fn shapes_of_json() {
         "name",
         "priority",
         "attach",
+        "absent",
         "selectors",
         "actions",
         "then",
@@ -832,6 +833,7 @@ fn shapes_of_json() {
     assert_eq!((&t["name"], &t["priority"]), (&json!("t"), &json!(5)));
     assert_eq!(t["then"], json!({ "goto": "sub" }));
     assert_eq!(sub["attach"], json!([]));
+    assert_eq!((&t["absent"], &sub["absent"]), (&json!([]), &json!([])));
     let places = [
         "device",
         "hook",

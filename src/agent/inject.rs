@@ -9,11 +9,13 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::time::{ClockId, clock_gettime};
 
+use super::{Duty, log};
 use crate::engine::bpf::types::{ack_key, held_options, saved_ack, subflow, subflow_flags};
 use crate::engine::bpf::{bytes_of, value_of};
 use crate::engine::store::{Attachment, Store};
@@ -26,6 +28,8 @@ use crate::spec::Mode;
 const ACKS: &str = "pcd_acks";
 const HELD: &str = "pcd_held";
 
+/// Between two looks.
+const INTERVAL: Duration = Duration::from_millis(150);
 /// A subflow without packets for so long is idle.
 const IDLE: Duration = Duration::from_millis(100);
 /// How often a subflow is woken for a generation that is new, and at least how far apart.
@@ -40,21 +44,46 @@ struct Woken {
     last: Instant,
 }
 
-/// Wakes what is idle; see the module.
-#[derive(Default)]
+/// The duty to wake what is idle; see the module.
 pub struct Injector {
+    folder: PathBuf,
     woken: HashMap<(u64, u32, Hook, u64, Vec<u8>), Woken>,
     /// Lets every frame pass; loaded when it is needed.
     pass: Option<OwnedFd>,
+    /// What went wrong at the last look, to be said once.
+    failed: Option<String>,
+}
+
+impl Duty for Injector {
+    fn run(&mut self) -> Duration {
+        let looked = Store::open(&self.folder).and_then(|store| self.look(&store));
+        let failed = looked
+            .err()
+            .map(|error| format!("cannot wake subflows: {error:#}"));
+        if failed != self.failed {
+            failed.iter().for_each(|why| log(why));
+            self.failed = failed;
+        }
+        INTERVAL
+    }
 }
 
 impl Injector {
+    pub fn new(folder: &Path) -> Injector {
+        Injector {
+            folder: folder.to_owned(),
+            woken: HashMap::new(),
+            pass: None,
+            failed: None,
+        }
+    }
+
     /// Looks at the chains of the current network namespace once. Returns how many frames were
     /// sent.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn tick(&mut self, store: &Store) -> Result<usize> {
+    pub fn look(&mut self, store: &Store) -> Result<usize> {
         let here = netns::current_id()?;
         let mut sent = 0;
         if self.woken.len() > MEMORY {

@@ -7,12 +7,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
+use nix::net::if_::if_nameindex;
 
 use super::generation::kernel_error;
 use super::sys::{self, TcDirection, XdpMode};
 use crate::error::Refused;
 use crate::hook::Hook;
-use crate::spec::Mode;
+use crate::spec::{Attach, Mode};
 
 /// Where our filter stands in a clsact qdisc.
 const CLSACT_HANDLE: u32 = 1;
@@ -81,6 +82,25 @@ impl Place {
             hook,
             no_link,
         })
+    }
+
+    /// What an item of a chain's `attach` means now: of a pattern, the devices that can be attached
+    /// to; of a name, the device if there is one.
+    pub fn covered(attach: &Attach) -> Vec<Place> {
+        if !attach.is_pattern() {
+            return Place::find(&attach.device, attach.hook)
+                .into_iter()
+                .collect();
+        }
+        let Ok(devices) = if_nameindex() else {
+            return Vec::new();
+        };
+        devices
+            .iter()
+            .filter_map(|device| device.name().to_str().ok())
+            .filter(|device| attach.covers(device))
+            .filter_map(|device| Place::find(device, attach.hook).ok())
+            .collect()
     }
 
     /// Attaches a program for the first time, and tells the mode it got.

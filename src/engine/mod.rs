@@ -12,3 +12,4 @@ pub mod sets;
 pub mod store;
 pub mod sys;
 pub mod view;
+pub mod wanted;

@@ -18,7 +18,7 @@ use super::sys;
 use crate::error::{Invalid, Refused, did_you_mean};
 use crate::hook::Family;
 use crate::policy::{Layout, Names, Registry, ReverseNames};
-use crate::spec::{Keys, json};
+use crate::spec::json;
 
 /// Members of an element that are not of its key.
 pub const ARGUMENT: &str = "arg";
@@ -387,9 +387,10 @@ pub fn delete(store: &Store, name: &str) -> Result<()> {
     let mut state = store.state()?;
     let attachments = store.attachments()?;
     let attached = attachments.iter().flat_map(|a| &a.record.chains);
-    let user = attached.chain(&state.subs).find(|chain| {
+    let kept = state.attached.values().flatten().chain(&state.subs);
+    let user = attached.chain(kept).find(|chain| {
         let mut selectors = chain.selectors.iter();
-        selectors.any(|selector| selector.keys == Keys::Set(name.to_owned()))
+        selectors.any(|selector| selector.keys.set() == Some(name))
     });
     if let Some(chain) = user {
         return Err(Refused::state(

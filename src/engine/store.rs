@@ -2,7 +2,7 @@
 //! What is kept in bpffs between commands.
 //!
 //! ```text
-//! FOLDER/state                         chain ids, sub-chains, sets: one frozen map of JSON
+//! FOLDER/state                         chain ids, chains, sets: one frozen map of JSON
 //!        sets/NAME                     a named set
 //!        NETNS_IFINDEX_HOOK/link       an attachment's link (none for clsact)
 //!                           gN/        a generation: entry stub nodes chains counters
@@ -56,6 +56,8 @@ pub struct State {
     pub ids: BTreeMap<String, u32>,
     /// Chains entered by `goto` only.
     pub subs: Vec<Chain>,
+    /// Chains that are to run whenever there is a device for them, as they were written.
+    pub attached: BTreeMap<netns::Id, Vec<Chain>>,
     pub sets: BTreeMap<String, SetSpec>,
 }
 
@@ -121,12 +123,20 @@ impl Store {
     /// # Errors
     /// No permission, no bpffs, or another command holds the lock.
     pub fn lock(folder: &Path) -> Result<Store> {
+        Store::lock_within(folder, LOCK_WAIT)
+    }
+
+    /// As [`Store::lock`], with a patience of the caller's.
+    ///
+    /// # Errors
+    /// As [`Store::lock`].
+    pub fn lock_within(folder: &Path, wait: Duration) -> Result<Store> {
         prepare(folder)?;
-        let lock = sys::lock_folder(folder, LOCK_WAIT).map_err(|error| {
+        let lock = sys::lock_folder(folder, wait).map_err(|error| {
             if error.kind() == io::ErrorKind::WouldBlock {
                 return Refused::state(
                     format!("another command works on {}", folder.display()),
-                    format!("it has held the lock for {} s", LOCK_WAIT.as_secs()),
+                    format!("it has held the lock for {} s", wait.as_secs()),
                     "wait for it, or end it",
                 )
                 .into();
@@ -168,6 +178,15 @@ impl Store {
         for chain in items(value, "subs") {
             state.subs.push(Chain::from_json(chain, self.registry)?);
         }
+        for kept in items(value, "attached") {
+            let number = |key| kept.get(key).and_then(Value::as_u64).context(key);
+            let id = netns::Id {
+                inode: number("netns")?,
+                cookie: number("cookie")?,
+            };
+            let chains = items(kept, "chains").map(|chain| Chain::from_json(chain, self.registry));
+            state.attached.insert(id, chains.collect::<Result<_, _>>()?);
+        }
         for (name, set) in members(value, "sets") {
             let size = set.get("size").and_then(Value::as_u64).context("a size")?;
             state.sets.insert(
@@ -191,9 +210,14 @@ impl Store {
             .iter()
             .map(|(name, set)| (name.clone(), set.to_json()))
             .collect();
+        let list = |chains: &[Chain]| chains.iter().map(Chain::to_json).collect::<Vec<_>>();
+        let attached = state.attached.iter().map(|(id, chains)| {
+            json!({ "netns": id.inode, "cookie": id.cookie, "chains": list(chains) })
+        });
         let value = json!({
             "ids": state.ids,
-            "subs": state.subs.iter().map(Chain::to_json).collect::<Vec<_>>(),
+            "subs": list(&state.subs),
+            "attached": attached.collect::<Vec<_>>(),
             "sets": sets,
         });
         let new = self.folder.join("state_new");
@@ -341,9 +365,10 @@ impl Store {
     }
 
     /// Removes generations that are not live, folding their counters, attachments whose device is
-    /// gone, and a state that was not finished.
+    /// gone, a state that was not finished, and what is kept for network namespaces that are gone.
     fn clean_up(&self) -> Result<()> {
         remove_pin(&self.folder.join("state_new"))?;
+        self.forget_dead_namespaces()?;
         let here = netns::current_id()?;
         let mut dead = Vec::new();
         let mut unsettled = Vec::new();
@@ -368,6 +393,26 @@ impl Store {
         unsettled
             .iter()
             .try_for_each(|attachment| self.settle(attachment))
+    }
+
+    /// Forgets the chains of network namespaces in which nothing of ours runs and that are gone.
+    fn forget_dead_namespaces(&self) -> Result<()> {
+        let mut state = self.state()?;
+        let here = netns::Id::current()?;
+        let folders = self.attachment_folders()?;
+        let runs = |inode| {
+            let mut addresses = folders.iter().filter_map(|folder| address(folder));
+            addresses.any(|(netns, ..)| netns == inode)
+        };
+        let before = state.attached.len();
+        state.attached.retain(|id, _| match id.inode == here.inode {
+            true => *id == here,
+            false => runs(id.inode) || netns::is_alive(id.inode),
+        });
+        match state.attached.len() == before {
+            true => Ok(()),
+            false => self.write_state(&state),
+        }
     }
 
     /// Folds the counters of an attachment's earlier generations into its live one and removes
@@ -512,7 +557,7 @@ impl Store {
     /// What the kernel says.
     pub fn remove_if_empty(&self) -> Result<()> {
         let state = self.state()?;
-        if !state.subs.is_empty() || !state.sets.is_empty() {
+        if !state.subs.is_empty() || !state.sets.is_empty() || !state.attached.is_empty() {
             return Ok(());
         }
         if !self.attachment_folders()?.is_empty() {
@@ -537,6 +582,14 @@ impl Attachment {
     /// Folder of the live generation.
     pub fn generation(&self) -> PathBuf {
         self.folder.join(format!("g{}", self.number))
+    }
+
+    /// Whether a chain is attached here.
+    pub fn runs(&self, chain: &str) -> bool {
+        self.record
+            .chains
+            .iter()
+            .any(|running| running.name == chain)
     }
 
     /// The maps of the live generation that are kept for the next one, by name.

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::counters::Counters;
 use super::store::{Attachment, RecordedNode, Store};
+use super::wanted;
 use crate::error::{Invalid, did_you_mean};
 use crate::hook::Hook;
 use crate::netns;
@@ -18,6 +19,8 @@ pub struct ChainView {
     pub chain: Chain,
     /// Where it is attached; for a sub-chain, nowhere.
     pub attached: Vec<AttachView>,
+    /// Where it shall run and does not: device or pattern, and hook.
+    pub absent: Vec<(String, Hook)>,
     /// Packets its selectors took, everywhere.
     pub packets: u64,
     /// Their length in bytes.
@@ -59,24 +62,46 @@ pub struct NodesView {
 /// # Errors
 /// No permission.
 pub fn chains(store: &Store, all_netns: bool) -> Result<Vec<ChainView>> {
-    let here = netns::current_id()?;
+    let here = netns::Id::current()?;
     let mut views: BTreeMap<(bool, i32, String), ChainView> = BTreeMap::new();
     let mut add = |chain: &Chain| {
-        let key = (chain.attach.is_empty(), chain.priority, chain.name.clone());
-        views.entry(key).or_insert_with(|| ChainView {
+        views.entry(key(chain)).or_insert_with(|| ChainView {
             chain: chain.clone(),
             attached: Vec::new(),
+            absent: Vec::new(),
             packets: 0,
             bytes: 0,
             nodes: Vec::new(),
         });
     };
     let mut attachments = store.attachments()?;
-    attachments.retain(|attachment| all_netns || attachment.netns == here);
+    attachments.retain(|attachment| all_netns || attachment.netns == here.inode);
     for attachment in &attachments {
         attachment.record.chains.iter().for_each(&mut add);
     }
-    store.state()?.subs.iter().for_each(&mut add);
+    let state = store.state()?;
+    state.subs.iter().for_each(&mut add);
+    let runs = |inode| attachments.iter().any(|at| at.netns == inode);
+    let others = state
+        .attached
+        .keys()
+        .copied()
+        .filter(|id| all_netns && *id != here && (runs(id.inode) || netns::is_alive(id.inode)));
+    let mut absent = Vec::new();
+    for id in others.chain([here]) {
+        let within = |attachment: &&Attachment| attachment.netns == id.inode;
+        let within: Vec<&Attachment> = attachments.iter().filter(within).collect();
+        for chain in wanted::chains(&state, id, within.iter().copied()) {
+            add(&chain);
+            let places = wanted::absent(&chain, &within, id == here);
+            absent.push((chain, places));
+        }
+    }
+    for (chain, places) in absent {
+        if let Some(view) = views.get_mut(&key(&chain)) {
+            view.absent.extend(places);
+        }
+    }
     for attachment in &attachments {
         let totals = attachment.totals()?;
         let learners = learners(attachment, &attachments);
@@ -85,6 +110,11 @@ pub fn chains(store: &Store, all_netns: bool) -> Result<Vec<ChainView>> {
         }
     }
     Ok(views.into_values().collect())
+}
+
+/// In the order packets see chains, sub-chains last.
+fn key(chain: &Chain) -> (bool, i32, String) {
+    (chain.attach.is_empty(), chain.priority, chain.name.clone())
 }
 
 /// The hooks where the handshakes are remembered that an attachment needs to know.
@@ -174,10 +204,15 @@ impl ChainView {
         let canonical = self.chain.to_json();
         let part = |key: &str, or: Value| canonical.get(key).cloned().unwrap_or(or);
         let attached: Vec<Value> = self.attached.iter().map(AttachView::to_json).collect();
+        let absent = self
+            .absent
+            .iter()
+            .map(|(device, hook)| json!({ "device": device, "hook": hook.name() }));
         let mut object = Map::new();
         object.insert("name".into(), self.chain.name.as_str().into());
         object.insert("priority".into(), self.chain.priority.into());
         object.insert("attach".into(), attached.into());
+        object.insert("absent".into(), absent.collect());
         object.insert("selectors".into(), part("selectors", json!([])));
         object.insert("actions".into(), part("actions", json!([])));
         object.insert("then".into(), part("then", json!("pass")));
@@ -222,6 +257,9 @@ impl ChainView {
             for line in &attach.lines()[1..] {
                 page.push_str(&format!("   {line}\n"));
             }
+        }
+        for (device, hook) in &self.absent {
+            page.push_str(&format!("  absent: {device} {hook}\n"));
         }
         for place in &self.nodes {
             page.push_str(&format!(
@@ -316,6 +354,8 @@ pub fn table(views: &[ChainView]) -> String {
     );
     for view in views {
         let mut places: Vec<String> = view.attached.iter().flat_map(AttachView::lines).collect();
+        let absent = view.absent.iter();
+        places.extend(absent.map(|(device, hook)| format!("{device} {hook} (absent)")));
         if places.is_empty() {
             places.push("- (entered by goto)".to_owned());
         }

@@ -279,16 +279,16 @@ pub fn check(spec: &Spec, registry: &Registry) -> Result<(), Invalid> {
         .filter(|chain| chain.attach.is_empty())
         .map(|chain| (chain.name.clone(), chain))
         .collect();
-    let mut places: BTreeMap<(&str, Hook), Vec<&Chain>> = BTreeMap::new();
-    for chain in &spec.chains {
-        for attach in &chain.attach {
-            let chains = places.entry((&attach.device, attach.hook)).or_default();
-            chains.push(chain);
-        }
-    }
+    let attach = spec.chains.iter().flat_map(|chain| &chain.attach);
+    let places: BTreeSet<(&str, Hook)> = attach
+        .map(|attach| (attach.device.as_str(), attach.hook))
+        .collect();
     let names = spec.chains.iter().map(|chain| chain.name.clone());
     let ids = names.zip(1u32..).collect();
-    for ((_, hook), chains) in places {
+    for (device, hook) in places {
+        // A pattern that matches another, taken for a name, has devices in common with it.
+        let here = |chain: &&Chain| chain.attach_at(device, hook).is_some();
+        let chains: Vec<&Chain> = spec.chains.iter().filter(here).collect();
         plan(hook, &chains, &subs, &ids, registry)?;
     }
     Ok(())

@@ -272,3 +272,27 @@ fn stale_arguments_are_cleared_by_the_first_selector_of_an_alternative() {
         ]
     );
 }
+
+/// Chains of a pattern and of a name that it matches run one after the other.
+#[test]
+fn patterns_are_planned_with_the_names_they_match() {
+    let check = |first: &str, second: &str| {
+        let actions = vec![json!({ "action": "count" }); 20];
+        let on = |name: &str, device: &str| {
+            let attach = json!([{ "device": device, "hook": "xdp" }]);
+            json!({ "name": name, "attach": attach, "actions": actions, "then": "continue" })
+        };
+        let chains = json!([on("a", first), on("b", second)]);
+        let text = json!({ "version": 1, "chains": chains }).to_string();
+        let registry = Registry::embedded().unwrap();
+        let spec = Spec::parse(&text, Path::new("test.json"), registry).unwrap();
+        super::check(&spec, registry)
+    };
+    for (first, second) in [("d*", "d0"), ("d0", "d?"), ("d*", "*"), ("d*", "d*")] {
+        let error = check(first, second).unwrap_err();
+        assert!(error.expected.contains("33"), "{error}");
+    }
+    for (first, second) in [("d*", "e0"), ("*", "lo"), ("d0", "d1"), ("d*", "e*")] {
+        check(first, second).unwrap();
+    }
+}

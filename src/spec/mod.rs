@@ -25,7 +25,7 @@ use crate::error::{Invalid, did_you_mean};
 use crate::hook::{Family, Hook};
 use crate::policy::Registry;
 
-pub use names::{NAME_MAX, is_device_name, is_name};
+pub use names::{NAME_MAX, is_device_name, is_name, is_pattern, matches_pattern};
 pub use schema::schema;
 
 /// The only `version` of chain files this program reads.
@@ -33,6 +33,9 @@ pub const VERSION: u64 = 1;
 
 /// Most elements a set can be made for.
 pub const SET_SIZE_MAX: u32 = 1 << 24;
+
+/// What only a chain that names it is attached to.
+const LOOPBACK: &str = "lo";
 
 /// The chains and sets of one or more files.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -74,7 +77,7 @@ pub struct Chain {
 /// One place where a chain runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attach {
-    /// Interface name; whether it exists has not been checked.
+    /// Interface name, or a pattern of them; whether any exists has not been checked.
     pub device: String,
     pub hook: Hook,
     /// One that the hook has.
@@ -303,12 +306,39 @@ impl Checksum {
     ) -> Checksum {
         chains
             .into_iter()
-            .flat_map(|chain| &chain.attach)
-            .filter(|attach| attach.device == device && attach.hook == hook)
+            .filter_map(|chain| chain.attach_at(device, hook))
             .map(|attach| attach.checksum)
             .filter(|checksum| *checksum != Checksum::Auto)
             .last()
             .unwrap_or_default()
+    }
+}
+
+impl Keys {
+    /// The named set, if it is one.
+    pub fn set(&self) -> Option<&str> {
+        match self {
+            Keys::Set(name) => Some(name),
+            _ => None,
+        }
+    }
+}
+
+impl Attach {
+    /// Whether it stands for every device whose name matches.
+    pub fn is_pattern(&self) -> bool {
+        is_pattern(&self.device)
+    }
+
+    /// Whether some device is meant by both, as far as one of the two tells.
+    fn meets(&self, other: &Attach) -> bool {
+        self.hook == other.hook && (self.covers(&other.device) || other.covers(&self.device))
+    }
+
+    /// Whether it means this device. A pattern does not mean the loopback device.
+    pub fn covers(&self, device: &str) -> bool {
+        self.device == device
+            || (self.is_pattern() && device != LOOPBACK && matches_pattern(&self.device, device))
     }
 }
 
@@ -345,6 +375,14 @@ impl Chain {
         }
         alternatives.push(&self.selectors[from..]);
         alternatives
+    }
+
+    /// What is said of a hook of a device, if the chain is to run there: where the device is named,
+    /// else the first pattern that matches.
+    pub fn attach_at(&self, device: &str, hook: Hook) -> Option<&Attach> {
+        let mut here = self.attach.iter().filter(|attach| attach.hook == hook);
+        let named = here.clone().find(|attach| attach.device == device);
+        named.or_else(|| here.find(|attach| attach.covers(device)))
     }
 
     /// Reads one chain from the form it has in a chain file; paths of errors begin at `$`.
@@ -496,15 +534,17 @@ impl Spec {
         key: &str,
         asked: impl Fn(&Attach) -> Option<&'static str>,
     ) -> Result<(), Invalid> {
-        let mut before: BTreeMap<(&str, Hook), (&str, &Chain)> = BTreeMap::new();
+        let mut before: Vec<(&Attach, &str, &Chain)> = Vec::new();
         for chain in &self.chains {
             for (at, attach) in chain.attach.iter().enumerate() {
                 let Some(value) = asked(attach) else {
                     continue;
                 };
-                let place = (attach.device.as_str(), attach.hook);
-                let (first, other) = *before.entry(place).or_insert((value, chain));
-                if first != value {
+                let contradicts = before.iter().find(|(earlier, first, other)| {
+                    // Of one chain, what names the device counts before its pattern.
+                    *first != value && other.name != chain.name && attach.meets(earlier)
+                });
+                if let Some((_, first, other)) = contradicts {
                     return Err(chain
                         .origin
                         .invalid(
@@ -520,6 +560,7 @@ impl Spec {
                             attach.hook, attach.device
                         )));
                 }
+                before.push((attach, value, chain));
             }
         }
         Ok(())

@@ -27,6 +27,40 @@ pub fn is_device_name(text: &str) -> bool {
             .any(|c| matches!(c, '/' | ':') || c.is_whitespace() || c.is_control())
 }
 
+/// Whether a device's name stands for every device whose name matches: it has `*` or `?`.
+pub fn is_pattern(device: &str) -> bool {
+    device.contains(['*', '?'])
+}
+
+/// Whether a name matches a pattern, as in shells: `*` is any text, `?` one character.
+pub fn matches_pattern(pattern: &str, name: &str) -> bool {
+    let (pattern, name): (Vec<char>, Vec<char>) =
+        (pattern.chars().collect(), name.chars().collect());
+    let (mut at, mut in_name) = (0, 0);
+    // Where to go on if what follows the last `*` does not fit: one character further.
+    let mut retry = None;
+    while in_name < name.len() {
+        match pattern.get(at) {
+            Some('*') => {
+                retry = Some((at + 1, in_name + 1));
+                at += 1;
+            }
+            Some(c) if *c == '?' || *c == name[in_name] => {
+                at += 1;
+                in_name += 1;
+            }
+            _ => {
+                let Some((after_star, next)) = retry else {
+                    return false;
+                };
+                retry = Some((after_star, next + 1));
+                (at, in_name) = (after_star, next);
+            }
+        }
+    }
+    pattern[at..].iter().all(|c| *c == '*')
+}
+
 /// Takes every device and chain that could exist, and remembers the chains.
 #[derive(Default)]
 pub(super) struct Permissive {

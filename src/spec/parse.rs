@@ -667,14 +667,14 @@ fn attachments(chain: &Object) -> Result<Vec<Attach>, Invalid> {
 }
 
 fn attachment(object: &Object) -> Result<Attach, Invalid> {
-    const DEVICE: &str =
-        "an interface name: 1 to 15 bytes without \"/\", \":\" or blanks, not \".\" or \"..\"";
+    const DEVICE: &str = "an interface name, or a pattern with * and ?: 1 to 15 bytes without \"/\", \":\" or blanks, \
+         not \".\" or \"..\"";
     let device = object.required("device", DEVICE)?;
     let name = device.text(DEVICE)?;
     if !is_device_name(name) {
         return Err(device
             .invalid(DEVICE)
-            .advice("`ip link` lists the interfaces; patterns are not supported"));
+            .advice("`ip link` lists the interfaces"));
     }
     let hooks = Hook::ALL.map(Hook::name);
     let hook = object

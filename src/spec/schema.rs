@@ -141,7 +141,7 @@ fn attach() -> Value {
             "required": ["device", "hook"],
             "additionalProperties": false,
             "properties": {
-                "device": described("device", "interface name"),
+                "device": described("device", "interface name; * and ? stand for any text and any character"),
                 "hook": { "enum": hooks.iter().map(|h| h.name()).collect::<Vec<_>>() },
                 "mode": {
                     "enum": modes.iter().map(|m| m.name()).collect::<Vec<_>>(),

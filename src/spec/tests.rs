@@ -437,6 +437,71 @@ fn wrong_attachments_are_refused() {
         "\"generic\"",
         "\"native\" as in chain \"a\"",
     );
+    let pattern_and_name = |first: &str, second: &str| {
+        parse_chains(
+            json!([
+                { "name": "a", "attach": [{ "device": first, "hook": "xdp", "mode": "native" }] },
+                { "name": "b", "attach": [{ "device": second, "hook": "xdp", "mode": "generic" }] }
+            ]),
+            json!({}),
+        )
+    };
+    for (first, second) in [("d*", "d0"), ("d0", "d*"), ("d*", "d*"), ("*", "d?")] {
+        refused(
+            pattern_and_name(first, second),
+            "$.chains[1].attach[0].mode",
+            "\"generic\"",
+            "\"native\" as in chain \"a\"",
+        );
+    }
+    for (first, second) in [("d*", "e0"), ("*", "lo"), ("d?", "d")] {
+        assert!(pattern_and_name(first, second).is_ok());
+    }
+}
+
+#[test]
+fn patterns_match_as_in_shells() {
+    for (pattern, name, expected) in [
+        ("wlan*", "wlan0", true),
+        ("wlan*", "wlan", true),
+        ("wlan*", "wla", false),
+        ("wlan?", "wlan", false),
+        ("wlan?", "wlan1", true),
+        ("wlan?", "wlan10", false),
+        ("*", "x", true),
+        ("*0", "eth0", true),
+        ("*0", "eth01", false),
+        ("e*0*1", "eth0x0y1", true),
+        ("e*0*1", "eth0x0y", false),
+        ("*ab", "aab", true),
+        ("**?", "a", true),
+        ("[ab]*", "a0", false),
+        ("[ab]*", "[ab]0", true),
+        ("?", "ü", true),
+    ] {
+        assert_eq!(matches_pattern(pattern, name), expected, "{pattern} {name}");
+    }
+}
+
+#[test]
+fn a_named_device_counts_before_patterns() {
+    let spec = parse_chains(
+        json!([{ "name": "a", "attach": [
+            { "device": "d*", "hook": "xdp", "mode": "native" },
+            { "device": "d0", "hook": "xdp", "mode": "generic" },
+            { "device": "*", "hook": "tc-egress" }
+        ] }]),
+        json!({}),
+    )
+    .unwrap();
+    let chain = &spec.chains[0];
+    let mode = |device, hook| chain.attach_at(device, hook).map(|attach| attach.mode);
+    assert_eq!(mode("d0", Hook::Xdp), Some(Mode::Generic));
+    assert_eq!(mode("d1", Hook::Xdp), Some(Mode::Native));
+    assert_eq!(mode("e0", Hook::Xdp), None);
+    assert_eq!(mode("e0", Hook::TcEgress), Some(Mode::Auto));
+    assert_eq!(mode("lo", Hook::TcEgress), None);
+    assert_eq!(mode("d0", Hook::TcIngress), None);
 }
 
 #[test]

@@ -461,14 +461,24 @@ fn device_goes(hook: &str, mode: &str) {
     environment.apply(Role::Server, &chain("stays", 0, &["path1"], hook, mode));
     let mut ever = Objects::below(environment.folder());
     namespace.ip_batch("link del d0\n").unwrap();
-    let list = environment.json(Role::Server, &["list", "--json"]);
-    let names: Vec<&Value> = list
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|c| &c["name"])
-        .collect();
-    assert_eq!(names, ["stays"]);
+    let expect_absent = || {
+        let listed = environment.listed(Role::Server, "t");
+        assert_eq!(listed["attach"], json!([]));
+        let absent = json!([{ "device": "d0", "hook": hook }]);
+        assert_eq!(listed["absent"], absent);
+        let stays = environment.listed(Role::Server, "stays");
+        assert_eq!(
+            (&stays["absent"], &stays["attach"][0]["device"]),
+            (&json!([]), &json!("path1"))
+        );
+    };
+    expect_absent();
+    let table = environment.ok(Role::Server, &["list"]);
+    says(&table, &[&format!("d0 {hook} (absent)")]);
+    says(
+        &environment.ok(Role::Server, &["show", "t"]),
+        &[&format!("absent: d0 {hook}")],
+    );
     let file = environment.file("t.json", &on_device(1));
     let message = environment.fails(Role::Server, 1, &["apply", &file]);
     says(
@@ -476,11 +486,21 @@ fn device_goes(hook: &str, mode: &str) {
         &["t.json", "$.chains[0].attach[0]", "no device d0"],
     );
     namespace.ip_batch(make).unwrap();
-    assert_eq!(environment.json(Role::Server, &["list", "--json"]), list);
+    expect_absent();
     environment.ok(Role::Server, &["apply", &file]);
     let listed = environment.listed(Role::Server, "t");
     assert_eq!(listed["attach"][0]["generation"], 1);
+    assert_eq!(listed["absent"], json!([]));
     assert_eq!(environment.generations().len(), 2);
+    ever.extend(&Objects::below(environment.folder()));
+    // Whatever is applied next brings back what the device's successor lacks.
+    namespace.ip_batch("link del d0\n").unwrap();
+    namespace.ip_batch(make).unwrap();
+    expect_absent();
+    environment.apply(Role::Server, &chain("stays", 1, &["path1"], hook, mode));
+    let listed = environment.listed(Role::Server, "t");
+    assert_eq!(listed["attach"][0]["device"], "d0");
+    assert_eq!(listed["actions"][1]["bytes"], 1001);
     ever.extend(&Objects::below(environment.folder()));
     // Again, and this time nothing but the clean-up follows.
     namespace.ip_batch("link del d0\n").unwrap();

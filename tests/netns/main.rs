@@ -7,6 +7,7 @@
 mod common;
 
 mod actions;
+mod agent;
 mod devices;
 mod flood;
 mod generations;

@@ -9,13 +9,16 @@ use serde_json::Value;
 use super::set_names_chain;
 use crate::engine::attach::Place;
 use crate::engine::store::{Attachment, State, Store};
+use crate::engine::wanted;
 use crate::error::{Invalid, Refused};
 use crate::netns;
-use crate::spec::{Attach, Chain, Mode, SetSpec, Spec, Then};
+use crate::spec::{Chain, Mode, SetSpec, Spec, Then};
 
 /// What runs.
 pub(super) struct Current {
     pub(super) state: State,
+    /// Chains that shall run in this network namespace, where there are devices for them.
+    pub(super) wanted: Vec<Chain>,
     /// In this network namespace, unless read everywhere.
     pub(super) attachments: Vec<Attachment>,
     /// In other network namespaces. They share the sub-chains and sets, and stay as they are.
@@ -24,29 +27,29 @@ pub(super) struct Current {
 
 impl Current {
     pub(super) fn read(store: &Store) -> Result<Current> {
-        let here = netns::current_id()?;
+        let here = netns::Id::current()?;
         let mut current = Current::everywhere(store)?;
         (current.attachments, current.elsewhere) = std::mem::take(&mut current.attachments)
             .into_iter()
-            .partition(|attachment| attachment.netns == here);
+            .partition(|attachment| attachment.netns == here.inode);
+        current.wanted = wanted::chains(&current.state, here, &current.attachments);
         Ok(current)
     }
 
     /// With what runs in other network namespaces, to change that too.
     pub(super) fn everywhere(store: &Store) -> Result<Current> {
+        let state = store.state()?;
         Ok(Current {
-            state: store.state()?,
+            wanted: state.attached.values().flatten().cloned().collect(),
+            state,
             attachments: store.attachments()?,
             elsewhere: Vec::new(),
         })
     }
 
     pub(super) fn chain_names(&self) -> BTreeSet<&str> {
-        let attached = self.attachments.iter().flat_map(|a| &a.record.chains);
-        attached
-            .chain(&self.state.subs)
-            .map(|chain| chain.name.as_str())
-            .collect()
+        let wanted = self.wanted.iter().chain(&self.state.subs);
+        wanted.map(|chain| chain.name.as_str()).collect()
     }
 }
 
@@ -56,6 +59,10 @@ pub(super) struct Desired {
     pub(super) sets: BTreeMap<String, SetSpec>,
     pub(super) ids: BTreeMap<String, u32>,
     pub(super) subs: Vec<Chain>,
+    /// Chains of this network namespace, whether there are devices for them or not.
+    pub(super) wanted: Vec<Chain>,
+    /// The same of others.
+    pub(super) elsewhere: BTreeMap<netns::Id, Vec<Chain>>,
     pub(super) targets: Vec<Target>,
 }
 
@@ -79,9 +86,8 @@ impl Target {
         self.chains.iter().find_map(|chain| {
             chain.origin.file.as_ref()?;
             let mut attach = chain.attach.iter();
-            let at = attach.position(|attach| {
-                (&attach.device, attach.hook) == (&self.place.device, self.place.hook)
-            })?;
+            let asks = chain.attach_at(&self.place.device, self.place.hook)?;
+            let at = attach.position(|attach| attach == asks)?;
             Some(attach_place(chain, at))
         })
     }
@@ -97,15 +103,19 @@ fn attach_place(chain: &Chain, at: usize) -> String {
 
 impl Desired {
     /// What runs now, as far as `keep` wants it.
-    pub(super) fn keep(current: &Current, keep: impl Fn(&str) -> bool) -> Desired {
+    pub(super) fn keep(current: &Current, keep: impl Fn(&str) -> bool) -> Result<Desired> {
         let kept = |chains: &[Chain]| -> Vec<Chain> {
             let kept = chains.iter().filter(|chain| keep(&chain.name));
             kept.cloned().collect()
         };
-        Desired {
+        let mut elsewhere = current.state.attached.clone();
+        elsewhere.remove(&netns::Id::current()?);
+        Ok(Desired {
             sets: current.state.sets.clone(),
             ids: current.state.ids.clone(),
             subs: kept(&current.state.subs),
+            wanted: kept(&current.wanted),
+            elsewhere,
             targets: current
                 .attachments
                 .iter()
@@ -116,14 +126,28 @@ impl Desired {
                     learns: BTreeSet::new(),
                 })
                 .collect(),
+        })
+    }
+
+    /// The state to keep.
+    pub(super) fn state(&self) -> Result<State> {
+        let mut attached = self.elsewhere.clone();
+        if !self.wanted.is_empty() {
+            attached.insert(netns::Id::current()?, self.wanted.clone());
         }
+        Ok(State {
+            ids: self.ids.clone(),
+            subs: self.subs.clone(),
+            attached,
+            sets: self.sets.clone(),
+        })
     }
 
     /// What runs now with the files' chains in the place of those of the same name, without yet
     /// placing them.
-    pub(super) fn merge(current: &Current, files: &Spec, prune: bool) -> Result<Desired, Invalid> {
+    pub(super) fn merge(current: &Current, files: &Spec, prune: bool) -> Result<Desired> {
         let named: BTreeSet<&str> = files.chains.iter().map(|c| c.name.as_str()).collect();
-        let mut desired = Desired::keep(current, |name| !prune && !named.contains(name));
+        let mut desired = Desired::keep(current, |name| !prune && !named.contains(name))?;
         if prune {
             desired.sets.clear();
         }
@@ -133,8 +157,12 @@ impl Desired {
             }
             desired.sets.insert(name.clone(), set.clone());
         }
-        let subs = files.chains.iter().filter(|c| c.attach.is_empty());
-        desired.subs.extend(subs.cloned());
+        let (subs, wanted): (Vec<&Chain>, _) = files
+            .chains
+            .iter()
+            .partition(|chain| chain.attach.is_empty());
+        desired.subs.extend(subs.into_iter().cloned());
+        desired.wanted.extend(wanted.into_iter().cloned());
         desired.assign_ids(files);
         Ok(desired)
     }
@@ -155,9 +183,10 @@ impl Desired {
     /// Forgets the ids of chains that are gone, unless elements still name them.
     pub(super) fn drop_unused_ids(&mut self, store: &Store, current: &Current) -> Result<()> {
         let state = &current.state;
-        let here = self.chains().map(|chain| &chain.name);
+        let kept = self.chains().chain(self.elsewhere.values().flatten());
+        let kept = kept.map(|chain| &chain.name);
         let nodes = current.elsewhere.iter().flat_map(|a| &a.record.nodes);
-        let live: BTreeSet<String> = here.chain(nodes.map(|node| &node.chain)).cloned().collect();
+        let live: BTreeSet<String> = kept.chain(nodes.map(|node| &node.chain)).cloned().collect();
         for (name, id) in &state.ids {
             if live.contains(name) {
                 continue;
@@ -175,7 +204,7 @@ impl Desired {
 
     fn chains(&self) -> impl Iterator<Item = &Chain> {
         let attached = self.targets.iter().flat_map(|target| &target.chains);
-        attached.chain(&self.subs)
+        attached.chain(&self.wanted).chain(&self.subs)
     }
 
     /// Refuses to take sub-chains and sets from under chains of other network namespaces, whose
@@ -194,6 +223,19 @@ impl Desired {
                 return Err(in_use_elsewhere("set", name, attachment));
             }
         }
+        let subs: BTreeSet<&str> = self.subs.iter().map(|chain| chain.name.as_str()).collect();
+        for (namespace, chains) in &self.elsewhere {
+            for chain in chains {
+                let gone = |name: &&str| !subs.contains(name);
+                if let Some(name) = targets(chain).find(gone) {
+                    return Err(awaited_elsewhere("chain", name, chain, *namespace));
+                }
+                let mut used = chain.selectors.iter().filter_map(|s| s.keys.set());
+                if let Some(name) = used.find(|name| !self.sets.contains_key(*name)) {
+                    return Err(awaited_elsewhere("set", name, chain, *namespace));
+                }
+            }
+        }
         Ok(())
     }
 
@@ -201,14 +243,7 @@ impl Desired {
     pub(super) fn check(&self) -> Result<(), Refused> {
         let subs: BTreeSet<&str> = self.subs.iter().map(|chain| chain.name.as_str()).collect();
         for chain in self.chains() {
-            let then = match &chain.then {
-                Then::Goto(target) => Some(target),
-                _ => None,
-            };
-            let actions = chain.actions.iter().flat_map(|action| &action.references);
-            let selectors = chain.selectors.iter().flat_map(|s| &s.references);
-            let named = actions.chain(selectors).map(|reference| &reference.chain);
-            if let Some(gone) = named.chain(then).find(|name| !subs.contains(name.as_str())) {
+            if let Some(gone) = targets(chain).find(|name| !subs.contains(name)) {
                 return Err(Refused::state(
                     format!("the chain {gone} is in use"),
                     format!("the chain {} goes to it", chain.name),
@@ -219,42 +254,93 @@ impl Desired {
         Ok(())
     }
 
-    /// Puts the files' chains where they attach.
-    pub(super) fn add_places(&mut self, files: &Spec) -> Result<()> {
+    /// Puts the files' chains where they attach, and with them the others that shall run there.
+    /// Tells the patterns that no device matches.
+    pub(super) fn add_places(&mut self, files: &Spec) -> Result<Vec<String>> {
         let known = self.subs.iter().map(|chain| chain.name.clone()).collect();
         files.validate_references(&self.sets, &known)?;
+        let mut unmatched = Vec::new();
+        let mut places: Vec<Place> = Vec::new();
         for chain in &files.chains {
             for (at, attach) in chain.attach.iter().enumerate() {
-                let place = attach_place(chain, at);
-                self.add_place(chain, attach).context(place)?;
+                let found = match attach.is_pattern() {
+                    true => Place::covered(attach),
+                    false => {
+                        let found = Place::find(&attach.device, attach.hook);
+                        vec![found.with_context(|| attach_place(chain, at))?]
+                    }
+                };
+                if found.is_empty() {
+                    unmatched.push(attach.device.clone());
+                }
+                for place in found {
+                    self.add_place(chain, &place);
+                    places.push(place);
+                }
             }
         }
-        Ok(())
+        for chain in self.wanted.clone() {
+            for place in &places {
+                self.add_place(&chain, place);
+            }
+        }
+        unmatched.dedup();
+        Ok(unmatched)
     }
 
-    fn add_place(&mut self, chain: &Chain, attach: &Attach) -> Result<()> {
-        let place = Place::find(&attach.device, attach.hook)?;
+    /// Has a chain run at a place, if it shall run there and does not yet.
+    pub(super) fn add_place(&mut self, chain: &Chain, place: &Place) {
+        let Some(attach) = chain.attach_at(&place.device, place.hook) else {
+            return;
+        };
         let same = |target: &&mut Target| {
             (target.place.ifindex, target.place.hook) == (place.ifindex, place.hook)
         };
-        match self.targets.iter_mut().find(same) {
-            Some(target) => {
-                // Found in a record, the place does not know its link layer.
-                target.place = place;
-                if attach.mode != Mode::Auto {
-                    target.mode = attach.mode;
-                }
-                target.chains.push(chain.clone());
+        let target = match self.targets.iter_mut().find(same) {
+            Some(target) => target,
+            None => {
+                self.targets.push(Target {
+                    place: place.clone(),
+                    mode: attach.mode,
+                    chains: vec![chain.clone()],
+                    learns: BTreeSet::new(),
+                });
+                return;
             }
-            None => self.targets.push(Target {
-                place,
-                mode: attach.mode,
-                chains: vec![chain.clone()],
-                learns: BTreeSet::new(),
-            }),
+        };
+        // Found in a record, the place does not know its link layer.
+        target.place = place.clone();
+        if target.chains.iter().any(|there| there.name == chain.name) {
+            return;
         }
-        Ok(())
+        if attach.mode != Mode::Auto {
+            target.mode = attach.mode;
+        }
+        target.chains.push(chain.clone());
     }
+}
+
+/// The sub-chains that a chain goes to.
+fn targets(chain: &Chain) -> impl Iterator<Item = &str> {
+    let then = match &chain.then {
+        Then::Goto(target) => Some(target),
+        _ => None,
+    };
+    let actions = chain.actions.iter().flat_map(|action| &action.references);
+    let selectors = chain.selectors.iter().flat_map(|s| &s.references);
+    let named = actions.chain(selectors).map(|reference| &reference.chain);
+    named.chain(then).map(String::as_str)
+}
+
+fn awaited_elsewhere(what: &str, name: &str, user: &Chain, namespace: netns::Id) -> Refused {
+    Refused::state(
+        format!("the {what} {name} is in use"),
+        format!(
+            "by the chain {}, which waits for a device in network namespace {}",
+            user.name, namespace.inode
+        ),
+        "first delete it, inside that namespace, or use another --bpffs folder for each",
+    )
 }
 
 fn in_use_elsewhere(what: &str, name: &str, user: &Attachment) -> Refused {

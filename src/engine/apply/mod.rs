@@ -14,9 +14,11 @@ use serde_json::{Value, json};
 
 use super::generation::CarrierChoice;
 use super::store::{State, Store};
+use super::wanted::{self, Missing};
 use super::{sets, sys};
 use crate::error::{Invalid, Refused, did_you_mean};
 use crate::hook::Hook;
+use crate::netns;
 use crate::spec::{Mode, Spec};
 use desired::{Current, Desired};
 use transaction::Transaction;
@@ -44,6 +46,14 @@ pub enum Change {
 }
 
 impl Change {
+    /// What it was together with a change after it.
+    fn then(self, after: Change) -> Change {
+        match self {
+            Change::Unchanged => after,
+            _ => self,
+        }
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Change::Create => "create",
@@ -61,9 +71,50 @@ pub struct Report {
     pub sets: Vec<(String, Change)>,
     /// Attachments: device, hook, mode, and what happens to what they run.
     pub attachments: Vec<(String, Hook, Mode, Change)>,
+    /// Patterns that no device matches.
+    pub unmatched: Vec<String>,
+    /// Chains that were attached again, or to a device that came: chain, device, hook.
+    pub attached: Vec<(String, String, Hook)>,
+    /// Where that failed.
+    pub failures: Vec<Failure>,
+}
+
+/// A place that lacks chains, and why they could not be attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    pub device: String,
+    pub hook: Hook,
+    pub why: String,
 }
 
 impl Report {
+    /// Adds what was done after it.
+    fn absorb(&mut self, after: Report) {
+        for (device, hook, mode, change) in after.attachments {
+            let same = |(other, at, ..): &&mut (String, Hook, Mode, Change)| {
+                (other.as_str(), *at) == (device.as_str(), hook)
+            };
+            match self.attachments.iter_mut().find(same) {
+                Some(before) => (before.2, before.3) = (mode, before.3.then(change)),
+                None => self.attachments.push((device, hook, mode, change)),
+            }
+        }
+        self.attached.extend(after.attached);
+        self.failures.extend(after.failures);
+    }
+
+    /// What was left undone, for people.
+    pub fn warnings(&self) -> Vec<String> {
+        let unmatched = self.unmatched.iter().map(|pattern| {
+            format!(
+                "no device matches \"{pattern}\" yet; `policy-chain agent` attaches as they come"
+            )
+        });
+        unmatched
+            .chain(self.failures.iter().map(Failure::to_string))
+            .collect()
+    }
+
     /// `{"chains": [{"name", "change"}], "sets": [...], "attachments": [{"device", "hook", "mode",
     /// "change"}]}`.
     pub fn to_json(&self) -> Value {
@@ -92,6 +143,16 @@ impl Report {
     }
 }
 
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "not attached to {} {}: {}",
+            self.device, self.hook, self.why
+        )
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, change) in &self.sets {
@@ -114,11 +175,65 @@ impl fmt::Display for Report {
 pub fn apply(store: &Store, files: &Spec, options: Options<'_>) -> Result<Report> {
     let current = Current::read(store)?;
     let mut desired = Desired::merge(&current, files, options.prune)?;
-    desired.add_places(files)?;
+    let unmatched = desired.add_places(files)?;
     desired.check()?;
     desired.check_elsewhere(&current.elsewhere)?;
     desired.drop_unused_ids(store, &current)?;
-    Transaction::new(store, current, desired, options)?.run(options.dry_run)
+    let mut report = Transaction::new(store, current, desired, options)?.run(options.dry_run)?;
+    report.unmatched = unmatched;
+    if !options.dry_run {
+        report.absorb(reattach(store)?);
+    }
+    Ok(report)
+}
+
+/// Whether chains shall run at devices that are there and lack them. Cheap, and needs no lock.
+///
+/// # Errors
+/// No permission, or a state that cannot be read.
+pub fn needs_reattach(store: &Store) -> Result<bool> {
+    Ok(!wanted::missing(store)?.is_empty())
+}
+
+/// Attaches chains wherever they shall run and do not: at devices that came back, and at new ones
+/// that a pattern matches. Each place by itself: what fails is in the report, and changes nothing.
+///
+/// # Errors
+/// What is kept cannot be read.
+pub fn reattach(store: &Store) -> Result<Report> {
+    let mut report = Report::default();
+    for missing in wanted::missing(store)? {
+        match reattach_at(store, &missing) {
+            Ok(done) => report.absorb(done),
+            Err(error) => report.failures.push(Failure {
+                device: missing.place.device,
+                hook: missing.place.hook,
+                why: format!("{error:#}"),
+            }),
+        }
+    }
+    Ok(report)
+}
+
+fn reattach_at(store: &Store, missing: &Missing) -> Result<Report> {
+    let current = Current::read(store)?;
+    let mut desired = Desired::keep(&current, |_| true)?;
+    for chain in &missing.chains {
+        desired.add_place(chain, &missing.place);
+    }
+    desired.check()?;
+    let mut report = Transaction::new(store, current, desired, Options::default())?.run(false)?;
+    let (device, hook) = (&missing.place.device, missing.place.hook);
+    let attached = missing.chains.iter();
+    report.attached = attached
+        .map(|chain| (chain.name.clone(), device.clone(), hook))
+        .collect();
+    report
+        .attachments
+        .retain(|(.., change)| *change != Change::Unchanged);
+    report.chains.clear();
+    report.sets.clear();
+    Ok(report)
 }
 
 /// Removes chains by name.
@@ -146,7 +261,7 @@ pub fn delete(store: &Store, names: &[String], force: bool) -> Result<Report> {
             refuse_if_named(store, &current.state, name)?;
         }
     }
-    let mut desired = Desired::keep(&current, |name| !names.iter().any(|gone| gone == name));
+    let mut desired = Desired::keep(&current, |name| !names.iter().any(|gone| gone == name))?;
     desired.check()?;
     desired.check_elsewhere(&current.elsewhere)?;
     desired.drop_unused_ids(store, &current)?;
@@ -167,9 +282,15 @@ pub fn delete_all(store: &Store, all_netns: bool) -> Result<Report> {
     };
     let elsewhere = store.others(&current.attachments)?;
     let mut desired = Desired::default();
-    if !elsewhere.is_empty() {
-        desired = Desired::keep(&current, |_| true);
+    let here = netns::Id::current()?;
+    let awaited = current.state.attached.keys().any(|id| *id != here);
+    if !elsewhere.is_empty() || (awaited && !all_netns) {
+        desired = Desired::keep(&current, |_| true)?;
         desired.targets.clear();
+        desired.wanted.clear();
+        if all_netns {
+            desired.elsewhere.clear();
+        }
     }
     let report = Transaction::new(store, current, desired, Options::default())?.run(false)?;
     store.remove_if_empty()?;

@@ -16,7 +16,7 @@ use super::{Change, Options, Report};
 use crate::engine::attach::Place;
 use crate::engine::generation::{self, CarrierChoice, Environment, Generation};
 use crate::engine::names::SystemNames;
-use crate::engine::store::{self, Attachment, State, Store};
+use crate::engine::store::{self, Attachment, Store};
 use crate::engine::{sets, sys};
 use crate::hook::{Family, Hook};
 use crate::netns;
@@ -315,11 +315,7 @@ impl<'a> Transaction<'a> {
         for (name, set) in &self.new_sets {
             self.store.add_set(name, set)?;
         }
-        self.store.write_state(&State {
-            ids: self.desired.ids.clone(),
-            subs: self.desired.subs.clone(),
-            sets: self.desired.sets.clone(),
-        })?;
+        self.store.write_state(&self.desired.state()?)?;
         let mut our_qdiscs = self.our_qdiscs();
         for step in &mut self.steps {
             if step.new.is_some() {
@@ -394,6 +390,7 @@ impl<'a> Transaction<'a> {
             .iter()
             .filter_map(|step| step.old.as_ref())
             .flat_map(|old| &old.record.chains)
+            .chain(&self.current.wanted)
             .chain(&self.current.state.subs)
             .map(|chain| (chain.name.as_str(), chain))
             .collect();
@@ -401,6 +398,7 @@ impl<'a> Transaction<'a> {
             .steps
             .iter()
             .flat_map(|step| &step.target.chains)
+            .chain(&self.desired.wanted)
             .chain(&self.desired.subs)
             .map(|chain| (chain.name.as_str(), chain))
             .collect();
@@ -418,6 +416,7 @@ impl<'a> Transaction<'a> {
                     (place.device.clone(), place.hook, step.mode, step.change)
                 })
                 .collect(),
+            ..Report::default()
         }
     }
 }
