@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Wakes idle subflows. An action that adds an option waits for the next packet of a subflow; where
-//! none comes, the last acknowledgement that passed is sent through the hook once more. To TCP it
-//! is a duplicate; what the chain makes of it is up to the chain.
+//! none comes, an acknowledgement that says what the last one said is sent through the hook. To TCP
+//! it is a duplicate; what the chain makes of it is up to the chain.
 //!
-//! Frames that came in are run through the attached XDP program, or through one that lets them
-//! pass, as if the device had received them (`BPF_F_TEST_XDP_LIVE_FRAMES`). Frames that went out
-//! are sent from the device again.
+//! Frames that come in are run through the attached XDP program, or through one that lets them
+//! pass, as if the device had received them (`BPF_F_TEST_XDP_LIVE_FRAMES`). Frames that go out
+//! are sent from the device.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -35,6 +35,8 @@ const IDLE: Duration = Duration::from_millis(100);
 /// How often a subflow is woken for a generation that is new, and at least how far apart.
 const TRIES: u32 = 3;
 const APART: Duration = Duration::from_millis(300);
+const TCP: u8 = 6;
+const ACK: u8 = 0x10;
 /// What is remembered of what was woken; beyond, it is forgotten, and some are woken again.
 const MEMORY: usize = 1 << 16;
 
@@ -172,7 +174,7 @@ impl Injector {
     }
 
     fn send(&mut self, attachment: &Attachment, ack: &saved_ack) -> Result<()> {
-        let Some(frame) = complete(ack) else {
+        let Some(frame) = acknowledgement(ack) else {
             return Ok(());
         };
         let place = &attachment.place;
@@ -209,24 +211,60 @@ fn has_held(held: &held_options, sender: u32) -> bool {
     slots.iter().any(|slot| slot.length != 0)
 }
 
-/// The frame with a complete TCP checksum, whatever it was saved with. None if it is not what it
-/// was saved as.
-fn complete(ack: &saved_ack) -> Option<Vec<u8>> {
-    let mut frame = ack.frame.get(..ack.length as usize)?.to_vec();
-    let (ip, transport) = (ack.ip as usize, ack.transport as usize);
-    let addresses = match ack.version {
-        4 => frame.get(ip + 12..ip + 20)?,
-        _ => frame.get(ip + 8..ip + 40)?,
-    };
+/// The acknowledgement that says what a saved segment said: without its payload, behind which it
+/// stands in the stream, without its options of MPTCP, which say more than that, and with complete
+/// checksums. None if the headers are not what they were saved as.
+fn acknowledgement(saved: &saved_ack) -> Option<Vec<u8>> {
+    let mut frame = saved.headers.get(..saved.length as usize)?.to_vec();
+    let (ip, transport) = (saved.ip as usize, saved.transport as usize);
     let length = frame.len().checked_sub(transport)?;
-    let mut sum = 6 + length as u32 + sum_of(addresses);
-    frame.get_mut(transport + 16..transport + 18)?.fill(0);
-    sum += sum_of(&frame[transport..]);
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    frame[transport + 16..transport + 18].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+    let tcp = frame.get_mut(transport..)?;
+    tcp.get_mut(4..8)?
+        .copy_from_slice(&saved.sequence_end.to_be_bytes());
+    *tcp.get_mut(13)? = ACK;
+    tcp.get_mut(16..20)?.fill(0);
+    blank_mptcp(&mut tcp[20..]);
+    let size = (frame.len() - ip) as u16;
+    let header = frame.get_mut(ip..transport)?;
+    let addresses = match saved.version {
+        4 => {
+            header.get_mut(2..4)?.copy_from_slice(&size.to_be_bytes());
+            header.get_mut(10..12)?.fill(0);
+            let sum = !fold(sum_of(header));
+            header[10..12].copy_from_slice(&sum.to_be_bytes());
+            12..20
+        }
+        _ => {
+            let size = size.checked_sub(40)?;
+            header.get_mut(4..6)?.copy_from_slice(&size.to_be_bytes());
+            8..40
+        }
+    };
+    let sum = u32::from(TCP) + length as u32 + sum_of(header.get(addresses)?);
+    let sum = !fold(sum + sum_of(&frame[transport..]));
+    frame[transport + 16..transport + 18].copy_from_slice(&sum.to_be_bytes());
     Some(frame)
+}
+
+/// Overwrites options of MPTCP with NOPs, up to the first that is malformed.
+fn blank_mptcp(mut options: &mut [u8]) {
+    const NOP: u8 = 1;
+    const MPTCP: u8 = 30;
+    loop {
+        let size = match options {
+            [0, ..] | [] => return,
+            [NOP, ..] => 1,
+            [_, size, ..] => usize::from(*size),
+            [_] => return,
+        };
+        if size == 0 || size > options.len() || (size < 2 && options[0] != NOP) {
+            return;
+        }
+        if options[0] == MPTCP {
+            options[..size].fill(NOP);
+        }
+        options = &mut options[size..];
+    }
 }
 
 /// The sum of 16-bit words (RFC 1071) of a few hundred bytes at most.
@@ -236,4 +274,86 @@ fn sum_of(bytes: &[u8]) -> u32 {
         u32::from(u16::from_be_bytes([pair[0], low]))
     });
     words.sum()
+}
+
+fn fold(mut sum: u32) -> u16 {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn saved(version: u8, ip: &[u8], tcp: &[u8], payload: u32) -> saved_ack {
+        let bytes = [&[0u8; 14], ip, tcp].concat();
+        let mut saved = saved_ack {
+            length: bytes.len() as u32,
+            ip: 14,
+            transport: 14 + ip.len() as u32,
+            sequence_end: 0x1000 + payload,
+            version,
+            ..Default::default()
+        };
+        saved.headers[..bytes.len()].copy_from_slice(&bytes);
+        saved
+    }
+
+    /// With timestamps and a DSS that maps data.
+    fn tcp() -> Vec<u8> {
+        let mut tcp = vec![0; 20];
+        tcp[4..8].copy_from_slice(&0x1000u32.to_be_bytes());
+        tcp[12] = 13 << 4;
+        tcp[13] = ACK | 8;
+        tcp.extend([1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2]);
+        tcp.extend([
+            30, 20, 0x20, 5, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 100, 9, 9,
+        ]);
+        tcp
+    }
+
+    #[test]
+    fn an_acknowledgement_is_made_of_data() {
+        let mut ip = vec![0x45, 0, 5, 0xdc, 0, 1, 0x40, 0, 64, 6, 0xff, 0xff];
+        ip.extend([10, 0, 0, 1, 10, 0, 0, 2]);
+        let frame = acknowledgement(&saved(4, &ip, &tcp(), 100)).unwrap();
+        let (ip, tcp) = (&frame[14..34], &frame[34..]);
+        assert_eq!(ip[2..4], 72u16.to_be_bytes());
+        assert_eq!(fold(sum_of(ip)), 0xffff);
+        assert_eq!(fold(6 + 52 + sum_of(&ip[12..20]) + sum_of(tcp)), 0xffff);
+        assert_eq!(tcp[4..8], 0x1064u32.to_be_bytes());
+        assert_eq!(tcp[13], ACK);
+        assert_eq!(tcp[20..32], [1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2]);
+        assert_eq!(tcp[32..], [1; 20]);
+    }
+
+    #[test]
+    fn ipv6_says_its_length() {
+        let mut ip = vec![0; 40];
+        ip[0] = 0x60;
+        ip[8..40].fill(7);
+        let frame = acknowledgement(&saved(6, &ip, &tcp(), 0)).unwrap();
+        assert_eq!(frame[18..20], 52u16.to_be_bytes());
+        assert_eq!(
+            fold(6 + 52 + sum_of(&frame[22..54]) + sum_of(&frame[54..])),
+            0xffff
+        );
+    }
+
+    #[test]
+    fn malformed_options_stay() {
+        for options in [
+            vec![30, 0],
+            vec![30, 9, 1],
+            vec![30],
+            vec![1, 1, 8, 1, 30, 2],
+        ] {
+            let mut blanked = options.clone();
+            blank_mptcp(&mut blanked);
+            assert_eq!(blanked, options);
+        }
+    }
 }

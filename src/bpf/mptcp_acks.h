@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The last packet of each end of a subflow that can be sent again. Who declares this map changes
- * the next packet of a subflow: on an idle one there is none, so user space sends this one through
- * the hook once more.
+ * The last segment of each end of a subflow. Who declares this map changes the next packet of a
+ * subflow: on an idle one there is none, so user space sends an acknowledgement through the hook
+ * that says what this segment said.
  */
 #pragma once
 
@@ -22,27 +22,31 @@ struct {
 	__type(value, struct saved_ack);
 } pc_ack SEC(".maps");
 
+/* Saves the headers of a segment, unless it is older than what is saved. */
 static __always_inline void ack_save(hook_ctx *ctx, const struct mptcp_segment *mptcp)
 {
 	struct ack_key key = { .flow = mptcp->flow, .sender = mptcp->sender };
-	const struct headers *at = &mptcp->segment.at;
-	struct saved_ack *ack;
-	__u32 zero = 0, length = at->end;
+	const struct segment *segment = &mptcp->segment;
+	struct saved_ack *ack, *known;
+	struct tcphdr *tcp = pkt_at(ctx, segment->at.transport, sizeof(*tcp));
+	__u32 zero = 0, length = segment->at.transport + segment->header;
 
-	if (!segment_is_bare(&mptcp->segment) || at->fragmented || length > SAVED_ACK_MAX ||
-	    mptcp->segment.flags & (TCP_FLAG_SYN | TCP_FLAG_FIN | TCP_FLAG_RST))
+	if (!tcp || segment->at.fragmented || length > SAVED_ACK_MAX ||
+	    segment->flags & (TCP_FLAG_SYN | TCP_FLAG_FIN | TCP_FLAG_RST))
 		return;
 	ack = bpf_map_lookup_elem(&pc_ack, &zero);
 	if (!ack)
 		return;
-	ack->at = bpf_ktime_get_ns();
-	ack->ip = at->ip;
-	ack->transport = at->transport;
-	ack->version = at->version;
-	ack->ingress = !!(node.flags & NODE_INGRESS);
-	length = bounded(length - 1, SAVED_ACK_MAX - 1) + 1;
-	ack->length = length;
-	if (pkt_load(ctx, 0, ack->frame, length))
+	ack->sequence_end = bpf_ntohl(tcp->seq) + segment->at.end - length;
+	known = bpf_map_lookup_elem(&pcd_acks, &key);
+	if (known && (__s32)(ack->sequence_end - known->sequence_end) < 0)
 		return;
-	bpf_map_update_elem(&pcd_acks, &key, ack, 0);
+	ack->ip = segment->at.ip;
+	ack->transport = segment->at.transport;
+	ack->version = segment->at.version;
+	ack->ingress = !!(node.flags & NODE_INGRESS);
+	ack->length = length;
+	length = bounded(length - 1, SAVED_ACK_MAX - 1) + 1;
+	if (!pkt_load(ctx, 0, ack->headers, length))
+		bpf_map_update_elem(&pcd_acks, &key, ack, 0);
 }

@@ -57,24 +57,27 @@ struct connection_keys {
 	__be64 peer;
 };
 
-/* Whose packet a saved one is. */
+/* Whose segment a saved one is. */
 struct ack_key {
 	struct flow_id flow;
 	__u32 sender;	/* end */
 };
 
-#define SAVED_ACK_MAX 256 /* bytes of a frame; a longer one is not saved */
+#define SAVED_ACK_MAX 256 /* bytes of headers; longer ones are not saved */
 
-/* The last segment of an end without payload, SYN, FIN and RST, to be sent again. */
+/*
+ * The headers of the last segment of an end, without SYN, FIN and RST: what an acknowledgement
+ * can be made of.
+ */
 struct saved_ack {
-	__u64 at;
-	__u32 length;		/* bytes of the frame, link padding left out */
+	__u32 length;		/* bytes, from the link header on */
 	__u32 ip;		/* offset of the IP header */
 	__u32 transport;	/* offset of the TCP header */
+	__u32 sequence_end;	/* behind its payload, host order */
 	__u8 version;		/* of IP */
 	__u8 ingress;		/* the packet came in */
 	__u8 pad[2];
-	__u8 frame[SAVED_ACK_MAX];
+	__u8 headers[SAVED_ACK_MAX];
 };
 
 #define HELD_SLOTS 4	/* addresses an end can have held at a time, by the low bits of their ids */
