@@ -18,7 +18,7 @@ use policy_chain::hook::Hook;
 use policy_chain::policy::{self, Registry};
 use policy_chain::replay::{self, Runner};
 use policy_chain::spec::{self, Chain, Spec, json};
-use policy_chain::testbed::{self, Role, Testbed};
+use policy_chain::testbed::{self, Announce, Role, Testbed};
 use policy_chain::{hook, plan};
 use serde_json::Value;
 
@@ -228,18 +228,7 @@ enum SetCommand {
 #[derive(Subcommand)]
 enum TestbedCommand {
     /// Make namespaces joined by veth pairs: client and server, with a router between if asked
-    Up {
-        /// Name of the testbed
-        name: String,
-        /// Pairs between them, 1 to 8
-        #[arg(long, default_value_t = 1)]
-        paths: u8,
-        /// Put a router between client and server
-        #[arg(long)]
-        router: bool,
-        #[command(flatten)]
-        output: Output,
-    },
+    Up(Up),
     /// Run a command in one of its namespaces
     Exec {
         /// Name of the testbed
@@ -260,6 +249,27 @@ enum TestbedCommand {
         #[command(flatten)]
         output: Output,
     },
+}
+
+#[derive(Args)]
+struct Up {
+    /// Name of the testbed
+    name: String,
+    /// Pairs between them, 1 to 8
+    #[arg(long, default_value_t = 1)]
+    paths: u8,
+    /// Put a router between client and server
+    #[arg(long)]
+    router: bool,
+    /// Have MPTCP use all paths (5 at most): the server announces its addresses (signal), or the
+    /// client joins from its own (subflow)
+    #[arg(long, value_name = "HOW")]
+    mptcp: Option<String>,
+    /// Limit what client and server send: Mbit/s for all paths, or one a path (100,20)
+    #[arg(long, value_name = "MBIT", value_delimiter = ',')]
+    rate: Vec<u32>,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Args)]
@@ -545,18 +555,7 @@ fn first_hook(chain: &Chain) -> Option<Hook> {
 
 fn testbed(command: TestbedCommand) -> Result<u8> {
     match command {
-        TestbedCommand::Up {
-            name,
-            paths,
-            router,
-            output,
-        } => {
-            let testbed = Testbed::up(&name, &testbed::Options { paths, router })?;
-            if output.json {
-                return print_json(&testbed.describe().to_json());
-            }
-            print(&format!("{}\n", testbed.describe()))
-        }
+        TestbedCommand::Up(arguments) => testbed_up(arguments),
         TestbedCommand::Exec {
             name,
             role,
@@ -582,6 +581,22 @@ fn testbed(command: TestbedCommand) -> Result<u8> {
             )
         }
     }
+}
+
+fn testbed_up(arguments: Up) -> Result<u8> {
+    let announce = arguments.mptcp.as_deref().map(str::parse::<Announce>);
+    let options = testbed::Options {
+        paths: arguments.paths,
+        router: arguments.router,
+        mptcp: announce.transpose()?,
+        delay: Vec::new(),
+        rate: arguments.rate,
+    };
+    let testbed = Testbed::up(&arguments.name, &options)?;
+    if arguments.output.json {
+        return print_json(&testbed.describe().to_json());
+    }
+    print(&format!("{}\n", testbed.describe()))
 }
 
 fn print(text: &str) -> Result<u8> {
