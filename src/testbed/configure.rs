@@ -137,7 +137,8 @@ fn mptcp_script(description: &Description, role: Role, announce: Announce) -> St
     if !matches!(role, Role::Client | Role::Server) {
         return String::new();
     }
-    let limit = description.paths.len().max(4);
+    // An announced address counts even if the connection is of the other family.
+    let limit = if description.paths.len() > 3 { 8 } else { 4 };
     let mut script = format!("mptcp limits set subflow {limit} add_addr_accepted {limit}\n");
     let links = description.links(role).skip(1);
     for Link { own, .. } in links.filter(|_| role == teller) {
