@@ -39,6 +39,7 @@ pub mod engine;
 pub mod error;
 pub mod hook;
 pub mod netns;
+mod packet_socket;
 pub mod plan;
 pub mod policy;
 pub mod replay;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Testbeds: a client and a server in namespaces of their own, joined by one or more paths.
 //!
-//! Everything is fixed by the name, the number of paths and whether there is a router: devices,
+//! Everything is fixed by the name, the number of paths and what is between the two: devices,
 //! MAC and IP addresses, permanent neighbours, routes. There is no address detection, router
 //! solicitation or neighbour discovery, so a capture holds what the test sent and nothing else.
 //!
@@ -10,6 +10,10 @@
 //! | without router | `path1` 10.0.1.1 fd00:0:0:1::1 | | `path1` 10.0.1.2 fd00:0:0:1::2 |
 //! | with router | `path1` 10.1.1.1 fd00:1:0:1::1 | `client1` 10.1.1.254 fd00:1:0:1::fe, `server1` 10.2.1.254 fd00:2:0:1::fe | `path1` 10.2.1.1 fd00:2:0:1::1 |
 //!
+//! With delays there is a relay in place of a router: client and server have the addresses of the
+//! direct testbed, the relay's devices `client1` and `server1` none, and frames pass as they are.
+//! Offloads are off, so they are no longer than the MTU, with complete checksums.
+//!
 //! Path 2 has a 2 in place of the last 1 of the names and of the third part of IPv4 and fourth
 //! part of IPv6 addresses, and so on. Every device also has a route, less preferred, to the other
 //! paths' subnets, so that a socket bound to one path's device reaches every address of the peer
@@ -17,6 +21,8 @@
 
 mod configure;
 mod describe;
+mod offload;
+mod relay;
 mod scoped;
 #[cfg(test)]
 mod tests;
@@ -36,6 +42,7 @@ use nix::unistd::geteuid;
 pub use self::describe::{
     Description, Interface, PathDescription, Port, RelayPorts, Role, RouterInterfaces,
 };
+pub use self::relay::{Relay, run_relay};
 pub use self::scoped::ScopedTestbed;
 use crate::error::{Invalid, Refused, did_you_mean};
 use crate::netns::{self, Namespace};
@@ -182,7 +189,8 @@ pub struct Testbed {
 
 impl Testbed {
     /// Makes the testbed `name`; if that fails, nothing stays. Afterwards the devices are ready
-    /// to send and have sent what they send unasked (reports of multicast membership).
+    /// to send and have sent what they send unasked (reports of multicast membership). With a
+    /// delay, frames arrive once a relay is at work: [`Testbed::relay`], [`Testbed::start_relay`].
     ///
     /// # Errors
     /// [`Invalid`] for a bad name or option. [`Refused`] (state) if one of its
@@ -208,6 +216,13 @@ impl Testbed {
             namespace.enter(|| configure::write_settings(*role, options))??;
         }
         configure::configure(&description, &making.0, options)?;
+        if relay {
+            for (role, namespace) in &making.0 {
+                let devices = description.devices(*role);
+                namespace.enter(|| devices.into_iter().try_for_each(offload::turn_off))??;
+            }
+            relay::keep(name, configure::per_path(&options.delay))?;
+        }
         configure::settle(&description, &making.0)?;
         Ok(Testbed {
             description,
@@ -351,7 +366,8 @@ pub fn down(name: &str) -> Result<()> {
         .into_iter()
         .map(|role| Namespace::remove(&role.namespace(name)))
         .collect();
-    removals.into_iter().collect()
+    removals.into_iter().collect::<Result<()>>()?;
+    relay::end(name)
 }
 
 /// Names of the testbeds there are, also of incomplete ones, in order.

@@ -9,14 +9,17 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::Result;
 
-use super::{Options, Testbed, down, existing, list};
+use super::{Options, Relay, Testbed, down, existing, list};
 
 /// A testbed of one test: it has a name of its own and is removed when dropped.
 ///
 /// Names are `scoped-PID-NUMBER`. The first one made in a process also removes those of processes
-/// that no longer exist.
+/// that no longer exist. With a delay, threads of this process are the relay.
 #[derive(Debug)]
-pub struct ScopedTestbed(Testbed);
+pub struct ScopedTestbed {
+    testbed: Testbed,
+    relay: Option<Relay>,
+}
 
 pub(super) const SCOPED: &str = "scoped-";
 
@@ -31,7 +34,14 @@ impl ScopedTestbed {
         SWEEP.call_once(remove_stale);
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let name = format!("{SCOPED}{}-{number}", process::id());
-        Ok(ScopedTestbed(Testbed::up(&name, options)?))
+        let mut scoped = ScopedTestbed {
+            testbed: Testbed::up(&name, options)?,
+            relay: None,
+        };
+        if !options.delay.is_empty() {
+            scoped.relay = Some(scoped.testbed.relay()?);
+        }
+        Ok(scoped)
     }
 }
 
@@ -39,12 +49,13 @@ impl Deref for ScopedTestbed {
     type Target = Testbed;
 
     fn deref(&self) -> &Testbed {
-        &self.0
+        &self.testbed
     }
 }
 
 impl Drop for ScopedTestbed {
     fn drop(&mut self) {
+        self.relay = None;
         // The test may have removed it.
         if existing(self.name()).is_empty() {
             return;

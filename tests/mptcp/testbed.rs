@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the testbed promises: connections join all paths, and paths are as slow as asked for.
 
+use std::time::Duration;
+
 use policy_chain::testbed::{Announce, Options, Role};
 
-use crate::common::Environment;
 use crate::common::mptcp::{MptcpConnection, exact, mptcp_options};
 use crate::common::traffic::server_addresses;
+use crate::common::{Environment, eventually};
 
 /// Over IPv4 and IPv6, every path has a subflow that carries something.
 fn joins(options: &Options) {
@@ -96,4 +98,69 @@ fn rates() {
             Ok(())
         });
     }
+}
+
+/// That the subflow's least round trip time is the delay, to 2 %.
+#[track_caller]
+fn close(seen: Duration, delay: Duration) {
+    let ratio = seen.as_secs_f64() / delay.as_secs_f64();
+    assert!((0.98..1.02).contains(&ratio), "{seen:?} for {delay:?}");
+}
+
+fn delayed(delay: &[u64], rate: &[u32]) -> Environment {
+    Environment::with(&Options {
+        delay: delay.iter().copied().map(Duration::from_millis).collect(),
+        rate: rate.to_vec(),
+        ..mptcp_options(2, Announce::Subflow)
+    })
+}
+
+#[test]
+fn delays() {
+    let environment = delayed(&[20, 5], &[]);
+    for address in server_addresses(&environment) {
+        let connection = MptcpConnection::joined(&environment, address);
+        exact(|| {
+            connection.exchange(10)?;
+            connection.transfer(256 << 10)?;
+            connection.fetch(256 << 10)
+        });
+        for role in [Role::Client, Role::Server] {
+            let subflows = connection.wait_subflows(&environment, role, 2);
+            eprintln!(
+                "{role} {:?}",
+                subflows.iter().map(|s| s.min_rtt).collect::<Vec<_>>()
+            );
+            for (subflow, delay) in subflows.iter().zip([20, 5]) {
+                close(subflow.min_rtt, Duration::from_millis(delay));
+            }
+        }
+    }
+}
+
+
+#[test]
+fn dbg_tp() {
+    for rate in [300, 600, 2000] {
+    for mp in [false, true] {
+    let environment = delayed(&[20, 5], &[rate]);
+    let address = server_addresses(&environment)[0];
+    let connection = if mp { MptcpConnection::joined(&environment, address) } else {
+        MptcpConnection::open(&environment, address, 0) };
+    if !mp { environment.run(Role::Client, "true", &[]); }
+    std::thread::scope(|scope| {
+        let work = scope.spawn(|| { let a = connection.transfer(100 << 20); let b = connection.fetch(100 << 20);
+        eprintln!("{mp} {rate}: {a:?} {b:?}");});
+        for n in 0..16 { std::thread::sleep(Duration::from_secs(1)); if work.is_finished() {break;}
+         if n > 12 {
+            for s in connection.subflows(&environment, Role::Client) { eprintln!("C {}", s.line); }
+            for s in connection.subflows(&environment, Role::Server) { eprintln!("S {}", s.line); }
+            eprintln!("{}", environment.run(Role::Client, "ss", &["-MniHO"]));
+            eprintln!("{}", environment.run(Role::Client, "tc", &["-s", "qdisc"]));
+            eprintln!("{}", environment.run(Role::Relay, "ip", &["-s", "link"]));
+            eprintln!("{}", environment.run(Role::Server, "nstat", &["-s"]));
+         }
+        }
+    });
+    } }
 }
