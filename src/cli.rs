@@ -20,7 +20,7 @@ use policy_chain::monitor::connections;
 use policy_chain::policy::{self, Registry};
 use policy_chain::replay::{self, Runner};
 use policy_chain::spec::{self, Chain, Spec, json};
-use policy_chain::testbed::{self, Role, Testbed};
+use policy_chain::testbed::{self, Announce, Role, Testbed};
 use policy_chain::{hook, plan};
 use serde_json::Value;
 
@@ -250,24 +250,31 @@ enum SetCommand {
 
 #[derive(Subcommand)]
 enum TestbedCommand {
-    /// Make namespaces joined by veth pairs: client and server, with a router between if asked
-    Up {
+    /// Make namespaces joined by veth pairs: client and server, with a router or a delay between if
+    /// asked
+    Up(Up),
+    /// Change the delay of a path of a testbed that was made with one
+    Set {
         /// Name of the testbed
         name: String,
-        /// Pairs between them, 1 to 8
-        #[arg(long, default_value_t = 1)]
-        paths: u8,
-        /// Put a router between client and server
+        /// Number of the path, from 1
         #[arg(long)]
-        router: bool,
-        #[command(flatten)]
-        output: Output,
+        path: u8,
+        /// Round trip time added to it, in milliseconds
+        #[arg(long, value_name = "MS", value_parser = parse_milliseconds)]
+        delay: Duration,
+    },
+    /// Carry the frames of a testbed with delays, until it is removed
+    #[command(hide = true)]
+    Relay {
+        /// Name of the testbed
+        name: String,
     },
     /// Run a command in one of its namespaces
     Exec {
         /// Name of the testbed
         name: String,
-        /// client, server or router
+        /// client, server, router or relay
         role: String,
         /// Program and its arguments
         #[arg(required = true, last = true, value_name = "COMMAND")]
@@ -283,6 +290,40 @@ enum TestbedCommand {
         #[command(flatten)]
         output: Output,
     },
+}
+
+#[derive(Args)]
+struct Up {
+    /// Name of the testbed
+    name: String,
+    /// Pairs between them, 1 to 8
+    #[arg(long, default_value_t = 1)]
+    paths: u8,
+    /// Put a router between client and server
+    #[arg(long)]
+    router: bool,
+    /// Have MPTCP use all paths (5 at most): the server announces its addresses (signal), or the
+    /// client joins from its own (subflow)
+    #[arg(long, value_name = "HOW")]
+    mptcp: Option<String>,
+    /// Round trip time added to paths, in milliseconds: half of it each way, for all paths, or one a
+    /// path (20,5)
+    ///
+    /// Frames pass a relay, a process in the background that `testbed down` ends. Offloads are off.
+    /// Not with --router.
+    #[arg(
+        long,
+        value_name = "MS",
+        value_delimiter = ',',
+        value_parser = parse_milliseconds,
+        conflicts_with = "router"
+    )]
+    delay: Vec<Duration>,
+    /// Limit what client and server send: Mbit/s for all paths, or one a path (100,20)
+    #[arg(long, value_name = "MBIT", value_delimiter = ',')]
+    rate: Vec<u32>,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Args)]
@@ -308,6 +349,13 @@ fn parse_hook(text: &str) -> Result<Hook, String> {
             Hook::ALL.map(hook::Hook::name).join(", ")
         )
     })
+}
+
+fn parse_milliseconds(text: &str) -> Result<Duration, String> {
+    let number: Option<f64> = text.parse().ok();
+    number
+        .and_then(|number| Duration::try_from_secs_f64(number / 1e3).ok())
+        .ok_or_else(|| "expected milliseconds, such as 20 or 0.5".to_owned())
 }
 
 /// Runs a command; the result is its exit code.
@@ -599,17 +647,14 @@ fn first_hook(chain: &Chain) -> Option<Hook> {
 
 fn testbed(command: TestbedCommand) -> Result<u8> {
     match command {
-        TestbedCommand::Up {
-            name,
-            paths,
-            router,
-            output,
-        } => {
-            let testbed = Testbed::up(&name, &testbed::Options { paths, router })?;
-            if output.json {
-                return print_json(&testbed.describe().to_json());
-            }
-            print(&format!("{}\n", testbed.describe()))
+        TestbedCommand::Up(arguments) => testbed_up(arguments),
+        TestbedCommand::Set { name, path, delay } => {
+            Testbed::open(&name)?.set_delay(path, delay)?;
+            print(&format!("path {path}: {} ms\n", delay.as_secs_f64() * 1e3))
+        }
+        TestbedCommand::Relay { name } => {
+            testbed::run_relay(&name)?;
+            Ok(EXIT_DONE)
         }
         TestbedCommand::Exec {
             name,
@@ -636,6 +681,31 @@ fn testbed(command: TestbedCommand) -> Result<u8> {
             )
         }
     }
+}
+
+fn testbed_up(arguments: Up) -> Result<u8> {
+    let announce = arguments.mptcp.as_deref().map(str::parse::<Announce>);
+    let options = testbed::Options {
+        paths: arguments.paths,
+        router: arguments.router,
+        mptcp: announce.transpose()?,
+        delay: arguments.delay,
+        rate: arguments.rate,
+    };
+    let testbed = Testbed::up(&arguments.name, &options)?;
+    if !options.delay.is_empty() {
+        let started = std::env::current_exe()
+            .context("find this program")
+            .and_then(|program| testbed.start_relay(&program));
+        if started.is_err() {
+            testbed::down(&arguments.name)?;
+        }
+        started?;
+    }
+    if arguments.output.json {
+        return print_json(&testbed.describe().to_json());
+    }
+    print(&format!("{}\n", testbed.describe()))
 }
 
 fn print(text: &str) -> Result<u8> {

@@ -42,6 +42,7 @@ pub mod error;
 pub mod hook;
 pub mod monitor;
 pub mod netns;
+mod packet_socket;
 pub mod plan;
 pub mod policy;
 pub mod replay;

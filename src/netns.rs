@@ -137,7 +137,7 @@ impl Namespace {
         }
         let output = run_ip(
             &what,
-            Command::new(find_ip(&what)?).args(["netns", "add", name]),
+            Command::new(find_program("ip", &what)?).args(["netns", "add", name]),
         )?;
         if !output.status.success() {
             let why = stderr_of(&output);
@@ -228,7 +228,7 @@ impl Namespace {
         require_root(&what)?;
         let output = run_ip(
             &what,
-            Command::new(find_ip(&what)?).args(["netns", "del", name]),
+            Command::new(find_program("ip", &what)?).args(["netns", "del", name]),
         )?;
         if !output.status.success() {
             return Err(refusal(&what, stderr_of(&output)).into());
@@ -282,8 +282,20 @@ impl Namespace {
     /// # Errors
     /// [`Refused`] with the line that failed; (denied) without permission or kernel support.
     pub fn ip_batch(&self, script: &str) -> Result<()> {
+        self.batch("ip", script)
+    }
+
+    /// As [`Namespace::ip_batch`], with commands of `tc`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn tc_batch(&self, script: &str) -> Result<()> {
+        self.batch("tc", script)
+    }
+
+    fn batch(&self, program: &str, script: &str) -> Result<()> {
         let what = format!("cannot configure network namespace {}", self.name);
-        let mut command = self.command(find_ip(&what)?);
+        let mut command = self.command(find_program(program, &what)?);
         command.args(["-batch", "-"]).stdin(input_of(script)?);
         let output = run_ip(&what, &mut command)?;
         if output.status.success() {
@@ -291,7 +303,7 @@ impl Namespace {
         }
         let why = stderr_of(&output);
         let what = match failed_line(&why, script) {
-            Some(line) => format!("{what}: ip {line}"),
+            Some(line) => format!("{what}: {program} {line}"),
             None => what,
         };
         Err(refusal(&what, why).into())
@@ -382,25 +394,35 @@ fn refusal(what: &str, why: String) -> Refused {
             "run as root, with CAP_SYS_ADMIN and CAP_NET_ADMIN",
         );
     }
-    if why.contains("not supported") || why.contains("Unknown device type") {
+    if [
+        "not supported",
+        "Unknown device type",
+        "qdisc kind is unknown",
+    ]
+    .iter()
+    .any(|it| why.contains(it))
+    {
         return Refused::denied(
             what,
             why,
-            "use a kernel with network namespaces, veth and IPv6",
+            "use a kernel with network namespaces, veth, IPv6 and what else is asked for here",
         );
     }
     Refused::state(what, why, "")
 }
 
-/// The program `ip`. Root's folders are searched even if `PATH` lacks them (`su` keeps the
+/// A program of iproute2. Root's folders are searched even if `PATH` lacks them (`su` keeps the
 /// user's).
-fn find_ip(what: &str) -> Result<PathBuf, Refused> {
+fn find_program(name: &str, what: &str) -> Result<PathBuf, Refused> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
-        .map(|folder| folder.join("ip"))
+        .map(|folder| folder.join(name))
         .find(|program| program.is_absolute() && program.is_file())
-        .ok_or_else(|| Refused::state(what, "the program ip is missing", INSTALL_IP))
+        .ok_or_else(|| {
+            let why = format!("the program {name} is missing");
+            Refused::state(what, why, INSTALL_IP)
+        })
 }
 
 fn run_ip(what: &str, command: &mut Command) -> Result<Output, Refused> {
@@ -411,7 +433,7 @@ fn run_ip(what: &str, command: &mut Command) -> Result<Output, Refused> {
         .output()
         .map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => {
-                Refused::state(what, "the program ip is missing", INSTALL_IP)
+                Refused::state(what, "a program of iproute2 is missing", INSTALL_IP)
             }
             io::ErrorKind::PermissionDenied => Refused::denied(what, error, AS_ROOT),
             _ => Refused::state(what, error, ""),

@@ -44,7 +44,7 @@ impl Bed {
     fn up(name: &str) -> Bed {
         let options = Options {
             paths: 2,
-            router: false,
+            ..Options::default()
         };
         let id = format!("pc-test-chains-{name}-{}", process::id());
         Bed {

@@ -16,20 +16,20 @@
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::Pid;
 
 use crate::engine::sys::{self, TcDirection, XdpMode};
 use crate::error::Refused;
 use crate::hook::Hook;
 use crate::netns::Namespace;
+use crate::packet_socket::{self, bind, check, receive, set_option};
 
 /// EtherType of a marker: IEEE's "local experimental 1".
 pub const MARKER_ETHERTYPE: u16 = 0x88b5;
@@ -363,6 +363,7 @@ impl State {
             (watched.returned, At::Returned),
         ] {
             while let Some(frame) = receive(socket, &mut self.buffer)? {
+                let frame = frame.bytes;
                 match (self.marker_number(&frame), at) {
                     (Some(number), _) if number == self.markers => arrived.push(at),
                     (Some(_), _) => {}
@@ -508,17 +509,9 @@ fn load(kind: u32, program: &[libbpf_sys::bpf_insn], flags: u32) -> Result<Owned
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The result of a call that is negative on errors and sets `errno`.
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(result)
-}
-
 impl End {
     fn open(index: u32) -> Result<Self> {
-        let sender = packet_socket()?;
+        let sender = packet_socket::open()?;
         set_option(&sender, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1)?;
         // Protocol 0: it receives nothing.
         bind(&sender, index, 0)?;
@@ -538,7 +531,7 @@ enum Packets {
 }
 
 fn receiver(index: u32, packets: Packets) -> Result<OwnedFd> {
-    let socket = packet_socket()?;
+    let socket = packet_socket::open()?;
     set_option(&socket, libc::SOL_PACKET, libc::PACKET_AUXDATA, 1)?;
     set_option(
         &socket,
@@ -577,107 +570,6 @@ fn keep_outgoing(socket: &OwnedFd) -> Result<()> {
     set_option(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, program)
 }
 
-/// Receives nothing before it is bound to a device and a protocol.
-fn packet_socket() -> Result<OwnedFd> {
-    let (family, flags) = (AddressFamily::Packet, SockFlag::SOCK_CLOEXEC);
-    socket(family, SockType::Raw, flags, None).map_err(|error| match error {
-        nix::Error::EPERM => denied("a packet socket cannot be opened", error),
-        _ => anyhow!(error).context("opening a packet socket"),
-    })
-}
-
-fn set_option<T>(socket: &OwnedFd, level: libc::c_int, name: libc::c_int, value: T) -> Result<()> {
-    // SAFETY: the value outlives the call, which reads as many bytes as it has.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            name,
-            (&raw const value).cast(),
-            mem::size_of::<T>() as libc::socklen_t,
-        )
-    };
-    check(result).with_context(|| format!("setting option {name} of a socket"))?;
-    Ok(())
-}
-
-fn bind(socket: &OwnedFd, index: u32, protocol: u16) -> Result<()> {
-    // SAFETY: all-zero bytes are a valid `sockaddr_ll`.
-    let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = protocol.to_be();
-    address.sll_ifindex = index as libc::c_int;
-    // SAFETY: the address outlives the call, and the length is its own.
-    let result = unsafe {
-        libc::bind(
-            socket.as_raw_fd(),
-            (&raw const address).cast(),
-            mem::size_of::<libc::sockaddr_ll>() as libc::socklen_t,
-        )
-    };
-    check(result).context("binding a packet socket")?;
-    Ok(())
-}
-
-/// The next frame that has arrived, if one has.
-fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Option<Vec<u8>>> {
-    // Aligned as a `cmsghdr` is; room for one with `struct tpacket_auxdata`.
-    let mut control = [0u64; 8];
-    let mut part = libc::iovec {
-        iov_base: buffer.as_mut_ptr().cast(),
-        iov_len: buffer.len(),
-    };
-    // SAFETY: all-zero bytes are a valid `msghdr`.
-    let mut message: libc::msghdr = unsafe { mem::zeroed() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = mem::size_of_val(&control) as _;
-    let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
-    // SAFETY: the message describes buffers with their sizes, which outlive the call.
-    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) };
-    let Ok(len) = usize::try_from(received) else {
-        let error = io::Error::last_os_error();
-        return match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(None),
-            _ => Err(error).context("receiving a frame"),
-        };
-    };
-    let Some(received) = buffer.get(..len) else {
-        bail!("a frame of {len} bytes arrived, more than can be received");
-    };
-    let mut frame = received.to_vec();
-    if let Some(tag) = vlan_tag(&message) {
-        frame.splice(12..12, tag);
-    }
-    Ok(Some(frame))
-}
-
-/// The VLAN tag that the kernel took out of a received frame, as it was on the wire.
-fn vlan_tag(message: &libc::msghdr) -> Option<[u8; VLAN_TAG]> {
-    // SAFETY: `recvmsg` has filled the message; its control buffer is still there.
-    let header = unsafe { libc::CMSG_FIRSTHDR(message).as_ref() }?;
-    let is_auxdata =
-        header.cmsg_level == libc::SOL_PACKET && header.cmsg_type == libc::PACKET_AUXDATA;
-    if !is_auxdata {
-        return None;
-    }
-    // SAFETY: the header stands in the control buffer, and its data behind it.
-    let auxdata = unsafe { libc::CMSG_DATA(header) }.cast::<libc::tpacket_auxdata>();
-    // SAFETY: a control message of this type carries this structure, maybe not aligned.
-    let data: libc::tpacket_auxdata = unsafe { auxdata.read_unaligned() };
-    if data.tp_status & libc::TP_STATUS_VLAN_VALID == 0 {
-        return None;
-    }
-    let tpid = match data.tp_status & libc::TP_STATUS_VLAN_TPID_VALID {
-        0 => libc::ETH_P_8021Q as u16,
-        _ => data.tp_vlan_tpid,
-    };
-    let [a, b] = tpid.to_be_bytes();
-    let [c, d] = data.tp_vlan_tci.to_be_bytes();
-    Some([a, b, c, d])
-}
-
 /// Keeps the calling thread on its CPU: frames sent from one CPU stay in order.
 struct Pinned {
     before: CpuSet,
@@ -707,6 +599,7 @@ impl Drop for Pinned {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
+    use std::os::fd::AsRawFd;
     use std::thread;
 
     use super::*;

@@ -13,6 +13,7 @@ pub mod frames;
 pub mod kernel;
 pub mod klog;
 pub mod malformed;
+pub mod mptcp;
 pub mod sender;
 pub mod traffic;
 
@@ -193,27 +194,37 @@ impl Environment {
     }
 
     pub fn routed_paths(paths: u8) -> Environment {
-        let environment = Environment::new(paths, true);
-        for number in 1..=paths {
-            for device in [format!("server{number}"), format!("client{number}")] {
-                environment.tx_off(Role::Router, &device);
-            }
-        }
-        environment
+        Environment::new(paths, true)
     }
 
     fn new(paths: u8, router: bool) -> Environment {
+        Environment::with(&Options {
+            paths,
+            router,
+            ..Options::default()
+        })
+    }
+
+    /// On any testbed. What a router sends has complete checksums.
+    pub fn with(options: &Options) -> Environment {
         let folder = BpfFolder::new();
-        let testbed = ScopedTestbed::up(&Options { paths, router }).unwrap();
+        let testbed = ScopedTestbed::up(options).unwrap();
         let namespaces = testbed.describe().namespaces.iter();
         let namespaces = namespaces
             .map(|(role, _)| testbed.namespace(*role).unwrap().clone())
             .collect();
-        Environment {
+        let environment = Environment {
             guard: Guard { folder, namespaces },
             files: Files::new(),
             testbed,
+        };
+        for path in &environment.testbed.describe().paths {
+            for router in path.router.iter() {
+                environment.tx_off(Role::Router, &router.server.device);
+                environment.tx_off(Role::Router, &router.client.device);
+            }
         }
+        environment
     }
 
     pub fn folder(&self) -> &Path {
@@ -309,13 +320,17 @@ impl Environment {
         self.statistic(role, "Tcp", "InCsumErrors")
     }
 
-    /// What a host's kernel counted, by the names that `/proc/net/snmp` and `snmp6` have for it.
+    /// What a host's kernel counted, by the names that `/proc/net/snmp`, `snmp6` and `netstat`
+    /// (`TcpExt`, `MPTcpExt`) have for it.
     pub fn statistic(&self, role: Role, protocol: &str, name: &str) -> u64 {
         let read = |file| fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap();
         let namespace = self.namespace(role);
-        let tables = namespace.enter(|| [read("snmp"), read("snmp6")]).unwrap();
+        let tables = namespace
+            .enter(|| ["snmp", "snmp6", "netstat"].map(read))
+            .unwrap();
         let found = match protocol {
             "Ip6" => single_value(&tables[1], &format!("{protocol}{name}")),
+            _ if protocol.ends_with("Ext") => row_value(&tables[2], protocol, name),
             _ => row_value(&tables[0], protocol, name),
         };
         found.unwrap_or_else(|| panic!("no {protocol} {name}: {tables:?}"))
