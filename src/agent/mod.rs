@@ -7,6 +7,7 @@
 //! | Duty | Does |
 //! |---|---|
 //! | [`attach`] | attaches chains to devices that come, told of them by [`devices`] |
+//! | [`expire`] | removes elements of sets whose time is over |
 //! | [`inject`] | wakes idle subflows that a chain waits for a packet of |
 //!
 //! A duty that fails says so on standard error and tries again later; the agent goes on. What it
@@ -15,6 +16,7 @@
 
 pub mod attach;
 pub mod devices;
+pub mod expire;
 pub mod inject;
 
 use std::fs;
@@ -57,6 +59,7 @@ fn duties(folder: &Path) -> Vec<Box<dyn Duty>> {
     vec![
         Box::new(attach::Attaching::new(folder)),
         Box::new(inject::Injector::new(folder)),
+        Box::new(expire::Expiry::new(folder)),
     ]
 }
 

@@ -52,5 +52,6 @@ enum reason {
 	REASON_NO_KEYS,		/* the handshake with the connection's keys was not seen */
 	REASON_NOT_HELD,	/* no option of the subflow is held, or not for long enough */
 	REASON_NOT_REPORTED,	/* nothing to report, or the ring buffer is full */
+	REASON_SET_FULL,
 	REASON_COUNT,
 };
