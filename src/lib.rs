@@ -12,6 +12,7 @@
 //! | [`policy`] | the registry of selectors and actions; parameters from BTF |
 //! | [`plan`] | chains of one hook to a graph of nodes; the longest path |
 //! | [`engine`] | loading, attaching, bpffs, sets, counters |
+//! | [`monitor`] | what chains report of Multipath TCP, as events |
 //! | [`replay`] | captured packets through the real programs |
 //! | [`testbed`], [`netns`] | networks of namespaces to try chains on |
 //! | [`hook`], [`error`] | the three hooks; errors by exit code |
@@ -38,6 +39,7 @@
 pub mod engine;
 pub mod error;
 pub mod hook;
+pub mod monitor;
 pub mod netns;
 pub mod plan;
 pub mod policy;

@@ -17,11 +17,14 @@ pub(super) mod tc {
     include!(concat!(env!("OUT_DIR"), "/entry_tc.skel.rs"));
 }
 
+use std::mem::offset_of;
+use std::net::{IpAddr, Ipv6Addr};
+
 pub use xdp::types;
 
 use types::{
-    attachment, chain_ctx, connection, element, flow_id, flow_state, node_config, node_stats, report,
-    subflow,
+    attachment, chain_ctx, connection, element, flow_id, flow_state, node_config, node_stats,
+    report, subflow,
 };
 
 include!(concat!(env!("OUT_DIR"), "/reasons.rs"));
@@ -59,4 +62,20 @@ pub const ELEMENT_SIZE: u32 = size_of::<element>() as u32;
 pub(super) fn bytes_of<T: plain::Plain>(value: &T) -> &[u8] {
     // SAFETY: what is marked plain here has no padding, so every byte is initialised.
     unsafe { plain::as_bytes(value) }
+}
+
+/// A report out of a record of the ring buffer; `None` if the record is too short for one.
+pub(crate) fn report_of(record: &[u8]) -> Option<report> {
+    let mut found = report::default();
+    plain::copy_from_bytes(&mut found, record).ok()?;
+    Some(found)
+}
+
+/// Source and destination of a reported segment; IPv4 as such.
+pub(crate) fn report_addresses(report: &report) -> [IpAddr; 2] {
+    [offset_of!(report, source), offset_of!(report, destination)].map(|offset| {
+        let mut address = [0; 16];
+        address.copy_from_slice(&bytes_of(report)[offset..][..16]);
+        Ipv6Addr::from(address).to_canonical()
+    })
 }

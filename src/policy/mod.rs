@@ -26,6 +26,7 @@ pub use btf::{Array, Description, Field, FieldType, Key, Kind, Layout, Limit, On
 pub use pack::{ElementParam, Names, Packed, ReverseNames};
 pub use print::{policies_json, policies_table, policy_json, policy_page};
 pub use services::ServicesFile;
+pub use value::parse_duration;
 
 use crate::hook::{Family, Hook};
 

@@ -423,7 +423,7 @@ fn prefix_text(length: u32, address: Ipv6Addr) -> String {
 }
 
 /// Nanoseconds of a duration such as `200ms`: a whole number and a unit.
-pub(super) fn parse_duration(text: &str) -> Option<u64> {
+pub fn parse_duration(text: &str) -> Option<u64> {
     let end = text.find(|c: char| !c.is_ascii_digit())?;
     let (number, unit) = text.split_at(end);
     let (_, scale) = UNITS.into_iter().find(|(name, _)| *name == unit)?;
