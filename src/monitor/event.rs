@@ -481,7 +481,7 @@ pub(super) mod tests {
         assert_eq!(
             samples[29].to_string(),
             "00:00:00.001 out path1 0a0b0c0d fallback infinite_mapping  \
-             [2001:db…66]:40000 > [2001:db…66]:40000"
+             [2001:db8…66]:40000 > [2001:db8…66]:40000"
         );
         assert_eq!(Message::Lost(7).to_string(), "lost 7");
     }

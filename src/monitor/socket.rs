@@ -252,8 +252,6 @@ enum Sent {
 
 impl Subscriber {
     fn new(stream: UnixStream) -> io::Result<Subscriber> {
-        // Some systems let it inherit the listener's mode.
-        stream.set_nonblocking(false)?;
         let (lines, waiting) = sync_channel(QUEUE);
         let output = stream.try_clone()?;
         let thread = thread::Builder::new()

@@ -106,7 +106,7 @@ fn there_is_one_server() {
 
 #[test]
 fn the_slow_lose_events_and_are_told() {
-    const COUNT: u64 = 40_000;
+    const COUNT: u64 = 20_000;
     let name = unique("slow");
     let (server, sender) = start(&name);
     let slow = UnixStream::connect_addr(&name).unwrap();
