@@ -180,3 +180,7 @@ fn map_id(pin: &Path) -> Result<u32> {
     let map = sys::open_pin(pin).with_context(what)?;
     Ok(sys::map_info(&map).with_context(what)?.id)
 }
+
+#[cfg(test)]
+#[path = "ring_tests.rs"]
+mod tests;
