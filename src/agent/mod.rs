@@ -7,6 +7,7 @@
 //! | Duty | Does |
 //! |---|---|
 //! | [`attach`] | attaches chains to devices that come, told of them by [`devices`] |
+//! | [`events`] | reads what chains report, and gives it to everyone who follows |
 //! | [`expire`] | removes elements of sets whose time is over |
 //! | [`inject`] | wakes idle subflows that a chain waits for a packet of |
 //!
@@ -16,6 +17,7 @@
 
 pub mod attach;
 pub mod devices;
+pub mod events;
 pub mod expire;
 pub mod inject;
 
@@ -60,6 +62,7 @@ fn duties(folder: &Path) -> Vec<Box<dyn Duty>> {
         Box::new(attach::Attaching::new(folder)),
         Box::new(inject::Injector::new(folder)),
         Box::new(expire::Expiry::new(folder)),
+        Box::new(events::FanOut::new(folder)),
     ]
 }
 
