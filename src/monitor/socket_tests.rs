@@ -202,9 +202,11 @@ fn another_takes_over() {
     assert!(!heir.is_server());
     sender.send(event(1)).unwrap();
     assert_eq!(receive(&mut heir), Message::Event(event(1)));
+    let mut witness = subscriber(&name);
     sender.send(event(2)).unwrap();
     next_sender.send(event(3)).unwrap();
-    thread::sleep(2 * TICK);
+    assert_eq!(receive(&mut witness), Message::Event(event(2)));
+    drop(witness);
     server.stop().unwrap();
     assert_eq!(receive(&mut heir), Message::Event(event(2)));
     assert_eq!(receive(&mut heir), Message::Event(event(3)));

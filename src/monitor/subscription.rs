@@ -153,16 +153,22 @@ impl Iterator for Subscription {
 
 /// Connects to the server, or to one of its own. Of two that try at once, the one that binds is it.
 fn join(name: &SocketAddr, make: &Make) -> Result<(UnixStream, Option<Server>)> {
+    const CONNECT: &str = "connect to the reader of events";
     let start = Instant::now();
-    let mut server = None;
     loop {
         match UnixStream::connect_addr(name) {
             Ok(stream) => {
                 check(&stream)?;
-                return Ok((stream, server));
+                return Ok((stream, None));
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-            Err(error) => return Err(error).context("connect to the reader of events"),
+            Err(error) => return Err(error).context(CONNECT),
+        }
+        if let Some(listener) = bind(name)? {
+            // Connected before it begins, we miss nothing of what it finds.
+            let stream = UnixStream::connect_addr(name).context(CONNECT)?;
+            let server = Server::serve(listener, make()?)?;
+            return Ok((stream, Some(server)));
         }
         if start.elapsed() > SEARCH {
             return Err(Refused::state(
@@ -172,10 +178,7 @@ fn join(name: &SocketAddr, make: &Make) -> Result<(UnixStream, Option<Server>)> 
             )
             .into());
         }
-        match bind(name)? {
-            Some(listener) => server = Some(Server::serve(listener, make()?)?),
-            None => thread::sleep(RETRY),
-        }
+        thread::sleep(RETRY);
     }
 }
 
