@@ -142,6 +142,8 @@ impl Testbed {
         match child.try_wait().with_context(what)? {
             None if said.is_empty() => Ok(()),
             _ => {
+                // It may have ended.
+                let _ = child.kill();
                 child.wait().with_context(what)?;
                 Err(refusal(&said.trim()).into())
             }
