@@ -178,7 +178,7 @@ impl Testbed {
 pub fn run_relay(name: &str) -> Result<()> {
     let testbed = Testbed::open(name)?;
     let namespace = testbed.namespace(Role::Relay)?;
-    let _lock =
+    let lock =
         Flock::lock(open(name)?, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
             let what = format!("cannot be the relay of testbed {name}");
             match errno {
@@ -191,6 +191,11 @@ pub fn run_relay(name: &str) -> Result<()> {
     dup2_stderr(nothing.context("open /dev/null")?).context("close standard error")?;
     while is_named(namespace) {
         thread::sleep(LOOK);
+    }
+    // Another testbed may have taken the name.
+    let own = lock.metadata().context("inspect delays")?.ino();
+    if fs::metadata(file(name)).is_ok_and(|it| it.ino() == own) {
+        forget(name);
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 //! What the testbed promises: connections join all paths, and paths are as slow as asked for.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Output};
 use std::thread;
 use std::time::Duration;
@@ -231,6 +232,7 @@ fn the_relay_is_a_process_that_ends_with_its_testbed() {
         Namespace::remove(&format!("pc-{name}-{role}")).unwrap();
     }
     eventually("the relay ends", || (relays(&name) == 0).then_some(()));
+    assert!(!Path::new(&format!("/run/policy-chain/{name}.delays")).exists());
 }
 
 #[test]
