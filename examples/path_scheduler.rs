@@ -10,7 +10,8 @@
 //! MP_PRIO, to use the flows of a set as backup or not. A path that carries nothing has no
 //! round-trip time, so where the active path has become slow the next one is tried: it stays if it
 //! is faster, else the connection goes back. From time to time another path is tried in any case.
-//! Idle subflows are woken, for nothing can be asked without a packet. Chains go when it ends.
+//! Subflows are woken, for nothing can be asked without a packet. Connections that were there before
+//! are left alone: their handshakes were not seen. Chains go when it ends.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -73,7 +74,7 @@ fn main() -> Result<()> {
 pub fn run(folder: &Path, devices: &[String], stop: &AtomicBool) -> Result<()> {
     let spec = chains(devices)?;
     apply::apply(&Store::lock(folder)?, &spec, Options::default())?;
-    let mut scheduler = Scheduler::default();
+    let mut scheduler = Scheduler::new(folder);
     let mut result = Ok(());
     while result.is_ok() && !stop.load(Ordering::Relaxed) {
         result = scheduler.tick(&Store::open(folder)?);
@@ -122,15 +123,22 @@ fn chains(devices: &[String]) -> Result<Spec> {
 /// Two ends, this host's first.
 type Flow = [SocketAddr; 2];
 
-#[derive(Default)]
 struct Scheduler {
     choices: HashMap<u32, Choice>,
     /// Flows in the set, with what is asked for them.
     asked: HashMap<Flow, bool>,
-    injector: Option<Injector>,
+    injector: Injector,
 }
 
 impl Scheduler {
+    fn new(folder: &Path) -> Scheduler {
+        Scheduler {
+            choices: HashMap::new(),
+            asked: HashMap::new(),
+            injector: Injector::new(folder),
+        }
+    }
+
     fn tick(&mut self, store: &Store) -> Result<()> {
         let now = Instant::now();
         let found = connections::read(store)?;
@@ -178,10 +186,7 @@ impl Scheduler {
         set.add(&new)?;
         self.asked = wanted;
         if !self.asked.is_empty() {
-            let injector = self
-                .injector
-                .get_or_insert_with(|| Injector::new(Path::new("")));
-            injector.wake(store, self.asked.keys().copied())?;
+            self.injector.wake(store, self.asked.keys().copied())?;
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use policy_chain::agent::inject::Injector;
 use policy_chain::engine::apply::{self, Options};
 use policy_chain::engine::store::{DEFAULT_FOLDER, Store};
 use policy_chain::monitor::{Events, Message};
@@ -67,10 +68,12 @@ pub fn run(
     result
 }
 
-/// Prints what happens to the subflows.
+/// Prints what happens to the subflows, and wakes those that wait for a packet with room.
 fn follow(folder: &Path, stop: &AtomicBool) -> Result<()> {
     let mut events = Events::subscribe(folder)?;
+    let mut injector = Injector::new(folder);
     while !stop.load(Ordering::Relaxed) {
+        injector.look(&Store::open(folder)?)?;
         if let Some(event) = events.receive(Some(Duration::from_millis(200)))? {
             println!("{}", Message::from_json(&event)?);
         }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Wakes idle subflows. An action that adds an option waits for the next packet of a subflow; where
-//! none comes, an acknowledgement that says what the last one said is sent through the hook. To TCP
-//! it is a duplicate; what the chain makes of it is up to the chain.
+//! Wakes subflows. An action that adds an option waits for the next packet of a subflow with room
+//! for it. On an idle one there is none, and an end that only sends data has no room; so an
+//! acknowledgement that says what the last segment said is sent through the hook. To TCP it is a
+//! duplicate; what the chain makes of it is up to the chain.
 //!
 //! Frames that come in are run through the attached XDP program, or through one that lets them
 //! pass, as if the device had received them (`BPF_F_TEST_XDP_LIVE_FRAMES`). Frames that go out
@@ -84,7 +85,7 @@ impl Injector {
         }
     }
 
-    /// Wakes these flows if they are idle, in whichever direction a chain here waits for a packet:
+    /// Wakes these flows, in whichever direction a chain here waits for a packet:
     /// for who has changed what chains do to them, by a set. The order of the ends does not matter.
     ///
     /// # Errors
@@ -144,9 +145,9 @@ impl Injector {
             let flow = bytes_of(&name.flow);
             let known = sys::map_lookup(&subflows, flow, size_of::<subflow>())?;
             let known = known.and_then(|known| value_of::<subflow>(&known));
-            if !known.is_some_and(|known| is_idle(&known, name.sender, now)) {
+            let Some(known) = known.filter(|known| is_open(known, name.sender)) else {
                 continue;
-            }
+            };
             let waits = match &held {
                 Some(held) => {
                     let kept = sys::map_lookup(held, flow, size_of::<held_options>())?;
@@ -156,7 +157,8 @@ impl Injector {
                 None => false,
             };
             let asked = self.asked.contains(&connections::ends(&name.flow));
-            if asked || self.is_due(attachment, key, waits) {
+            let idle = is_idle(&known, name.sender, now);
+            if asked || self.is_due(attachment, key, idle, waits) {
                 self.send(attachment, &ack)?;
                 sent += 1;
             }
@@ -165,8 +167,9 @@ impl Injector {
     }
 
     /// Whether to wake the end whose acknowledgement `key` names, and takes note of it: a few times
-    /// for each generation, and as long as something `waits` for its time.
-    fn is_due(&mut self, attachment: &Attachment, key: &[u8], waits: bool) -> bool {
+    /// for each generation, and as long as something `waits` for its time. One that is not idle is
+    /// given a moment to send a packet that has room.
+    fn is_due(&mut self, attachment: &Attachment, key: &[u8], idle: bool, waits: bool) -> bool {
         let place = &attachment.place;
         let name = (
             attachment.netns,
@@ -178,14 +181,9 @@ impl Injector {
         let now = Instant::now();
         match self.woken.get_mut(&name) {
             None => {
-                self.woken.insert(
-                    name,
-                    Woken {
-                        times: 1,
-                        last: now,
-                    },
-                );
-                true
+                let times = u32::from(idle);
+                self.woken.insert(name, Woken { times, last: now });
+                idle
             }
             Some(woken) if now - woken.last < APART => false,
             Some(woken) if woken.times < TRIES || waits => {
@@ -223,11 +221,15 @@ impl Injector {
     }
 }
 
-fn is_idle(known: &subflow, sender: u32, now: Duration) -> bool {
+/// Whether anything can be added to what the end sends.
+fn is_open(known: &subflow, sender: u32) -> bool {
     let over = subflow_flags::SUBFLOW_FIN.0 | subflow_flags::SUBFLOW_RESET.0;
-    let end = &known.ends[(sender & 1) as usize];
-    let seen = Duration::from_nanos(end.seen_at);
-    known.flags & over == 0 && end.data_seen > 0 && now.saturating_sub(seen) > IDLE
+    known.flags & over == 0 && known.ends[(sender & 1) as usize].data_seen > 0
+}
+
+fn is_idle(known: &subflow, sender: u32, now: Duration) -> bool {
+    let seen = Duration::from_nanos(known.ends[(sender & 1) as usize].seen_at);
+    now.saturating_sub(seen) > IDLE
 }
 
 fn has_held(held: &held_options, sender: u32) -> bool {
