@@ -93,7 +93,7 @@ fn chains(paths: &[String], services: &BTreeMap<String, String>) -> Result<Spec>
         "name": "service-paths",
         "attach": observed,
         "priority": 10,
-        "actions": [ { "action": "report" } ],
+        "actions": [ { "action": "record" }, { "action": "report" } ],
         "then": "continue"
     })];
     for (number, (service, path)) in services.iter().enumerate() {
