@@ -26,11 +26,16 @@ struct Target {
     sender: (Role, &'static str),
 }
 
-/// Every action that edits packets.
+/// Every action that edits any packet of TCP, and those that remember.
 fn actions(hook: Hook) -> Value {
     let mut actions = vec![
+        json!({ "action": "record" }),
+        json!({ "action": "report" }),
         json!({ "action": "strip_option", "kind": "timestamps" }),
-        json!({ "action": "strip_option", "kind": "mptcp", "subtype": "add_addr" }),
+        // Not "auto", which drops some.
+        json!({
+            "action": "strip_option", "kind": "mptcp", "subtype": "add_addr", "mode": "nop",
+        }),
         json!({ "action": "set_mss", "bytes": 1000 }),
         json!({ "action": "insert_option", "kind": 253, "data": "c0ffee01" }),
         json!({ "action": "set_window", "bytes": 100_000 }),

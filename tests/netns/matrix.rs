@@ -88,6 +88,20 @@ struct Row {
     plain_packets: bool,
 }
 
+/// A set of flows that is there for every row.
+const SET: &str = "matrix";
+
+/// Actions on what MPTCP adds to TCP: they have their rows in tests/mptcp, where it is spoken.
+const OF_MPTCP: [&str; 7] = [
+    "add_subflow",
+    "hold_add_addr",
+    "mp_prio",
+    "remove_addr",
+    "report",
+    "reset_subflow",
+    "restore_add_addr",
+];
+
 fn no_effect(_: &Connection) {}
 
 impl Row {
@@ -140,6 +154,7 @@ impl Row {
 fn rows(place: Place) -> Vec<Row> {
     let insert = json!({ "action": "insert_option", "kind": 253, "data": "c0ffee01" });
     let strip = json!({ "action": "strip_option", "kind": "timestamps" });
+    let strip_nop = json!({ "action": "strip_option", "kind": "timestamps", "mode": "nop" });
     let mut rows = vec![
         Row::all("count", place, json!([{ "action": "count" }])),
         Row::all("pass", place, json!([{ "action": "pass" }])),
@@ -185,7 +200,10 @@ fn rows(place: Place) -> Vec<Row> {
             json!([{ "action": "set_mss", "bytes": MSS, "mode": "set" }]),
         )
         .effect(has_small_segments),
-        Row::established("strip_nop", place, json!([strip])),
+        Row::established("strip_nop", place, json!([strip_nop])),
+        Row::established("strip", place, json!([strip])),
+        Row::all("record", place, json!([{ "action": "record" }])),
+        Row::all("learn", place, json!([{ "action": "learn", "set": SET }])),
         Row::established("insert_in_room", place, json!([strip, insert])),
         // There is no room but in segments without payload, which grow.
         Row::all("insert_growing", place, json!([insert])),
@@ -368,7 +386,8 @@ impl Bed {
     }
 
     fn apply(&self, row: &Row) {
-        let content = json!({ "version": 1, "chains": row.chains });
+        let sets = json!({ SET: { "kind": "flow", "size": 1000 } });
+        let content = json!({ "version": 1, "sets": sets, "chains": row.chains });
         let file = self.environment.file("matrix.json", &content);
         let arguments = ["apply", &file, "--prune"];
         self.environment.ok(Role::Router, &arguments);
@@ -494,8 +513,21 @@ fn every_action_has_a_row() {
             .actions()
             .filter(|policy| policy.runs_at(hook))
             .map(|policy| policy.name.as_str())
+            .filter(|name| !OF_MPTCP.contains(name))
             .collect();
         assert_eq!(tried, there_are, "{hook}: rows and actions");
+    }
+}
+
+#[test]
+fn every_action_of_mptcp_is_tried_where_it_is_spoken() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mptcp");
+    let files = std::fs::read_dir(folder).unwrap();
+    let texts = files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
+    let text: String = texts.collect();
+    for name in OF_MPTCP {
+        let used = text.contains(&format!("\"action\": \"{name}\""));
+        assert!(used, "no test in tests/mptcp has the action {name}");
     }
 }
 
