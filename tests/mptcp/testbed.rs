@@ -138,29 +138,45 @@ fn delays() {
     }
 }
 
-
 #[test]
 fn dbg_tp() {
     for rate in [300, 600, 2000] {
-    for mp in [false, true] {
-    let environment = delayed(&[20, 5], &[rate]);
-    let address = server_addresses(&environment)[0];
-    let connection = if mp { MptcpConnection::joined(&environment, address) } else {
-        MptcpConnection::open(&environment, address, 0) };
-    if !mp { environment.run(Role::Client, "true", &[]); }
-    std::thread::scope(|scope| {
-        let work = scope.spawn(|| { let a = connection.transfer(100 << 20); let b = connection.fetch(100 << 20);
-        eprintln!("{mp} {rate}: {a:?} {b:?}");});
-        for n in 0..16 { std::thread::sleep(Duration::from_secs(1)); if work.is_finished() {break;}
-         if n > 12 {
-            for s in connection.subflows(&environment, Role::Client) { eprintln!("C {}", s.line); }
-            for s in connection.subflows(&environment, Role::Server) { eprintln!("S {}", s.line); }
-            eprintln!("{}", environment.run(Role::Client, "ss", &["-MniHO"]));
-            eprintln!("{}", environment.run(Role::Client, "tc", &["-s", "qdisc"]));
-            eprintln!("{}", environment.run(Role::Relay, "ip", &["-s", "link"]));
-            eprintln!("{}", environment.run(Role::Server, "nstat", &["-s"]));
-         }
+        for mp in [false, true] {
+            let environment = delayed(&[20, 5], &[rate]);
+            let address = server_addresses(&environment)[0];
+            let connection = if mp {
+                MptcpConnection::joined(&environment, address)
+            } else {
+                MptcpConnection::open(&environment, address, 0)
+            };
+            if !mp {
+                environment.run(Role::Client, "true", &[]);
+            }
+            std::thread::scope(|scope| {
+                let work = scope.spawn(|| {
+                    let a = connection.transfer(100 << 20);
+                    let b = connection.fetch(100 << 20);
+                    eprintln!("{mp} {rate}: {a:?} {b:?}");
+                });
+                for n in 0..16 {
+                    std::thread::sleep(Duration::from_secs(1));
+                    if work.is_finished() {
+                        break;
+                    }
+                    if n > 12 {
+                        for s in connection.subflows(&environment, Role::Client) {
+                            eprintln!("C {}", s.line);
+                        }
+                        for s in connection.subflows(&environment, Role::Server) {
+                            eprintln!("S {}", s.line);
+                        }
+                        eprintln!("{}", environment.run(Role::Client, "ss", &["-MniHO"]));
+                        eprintln!("{}", environment.run(Role::Client, "tc", &["-s", "qdisc"]));
+                        eprintln!("{}", environment.run(Role::Relay, "ip", &["-s", "link"]));
+                        eprintln!("{}", environment.run(Role::Server, "nstat", &["-s"]));
+                    }
+                }
+            });
         }
-    });
-    } }
+    }
 }
