@@ -16,11 +16,13 @@ use policy_chain::policy::{self, Registry};
 use policy_chain::spec::Spec;
 
 /// Those that people write.
-const WRITTEN: [&str; 6] = [
+const WRITTEN: [&str; 8] = [
     "README.md",
     "chains/README.md",
     "docs/architecture.md",
     "docs/chain-file.md",
+    "docs/example.md",
+    "docs/mptcp.md",
     "docs/output.md",
     "docs/packets.md",
 ];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Every file in `chains/` is applied, on every hook and in every mode, and seen to match real
 //! TCP. The files name devices and addresses that no machine has; a copy of each gets those of a
-//! testbed, where the server is the local end.
+//! testbed, where the server is the local end. Those that are for MPTCP are in [`mptcp`].
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -19,6 +19,10 @@ use std::time::Duration;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn};
 use policy_chain::testbed::{Options, Role, ScopedTestbed};
 use serde_json::{Value, json};
+
+#[path = "../common/mod.rs"]
+mod common;
+mod mptcp;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -240,8 +244,13 @@ fn clamp_mss() {
 }
 
 #[test]
-fn strip_mptcp() {
-    everywhere("strip-mptcp.json", 443, &["strip-mptcp"], |_| {});
+fn hide_mptcp_from_tcp() {
+    everywhere("hide-mptcp.json", 443, &["hide-mptcp"], |_| {});
+}
+
+#[test]
+fn strip_timestamps() {
+    everywhere("strip-timestamps.json", 443, &["strip-timestamps"], |_| {});
 }
 
 #[test]
@@ -266,7 +275,7 @@ fn steer() {
 
 #[test]
 fn every_example_is_tested_and_explained() {
-    let source = include_str!("chains.rs");
+    let source = [include_str!("main.rs"), include_str!("mptcp.rs")].concat();
     let text = fs::read_to_string(folder().join("README.md")).unwrap();
     for entry in fs::read_dir(folder()).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
