@@ -10,7 +10,11 @@ mod reports;
 mod resets;
 mod selector;
 
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+
 use policy_chain::engine::generation::CarrierChoice;
+use policy_chain::engine::sys;
 use policy_chain::hook::Hook;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -64,7 +68,7 @@ fn mapping() -> Vec<u8> {
     mp(&[&[DSS, DATA_ACK | MAPPING], &[0, 0, 0, 9], &[7; 10]])
 }
 
-fn announcement(id: u8, length: usize) -> Vec<u8> {
+pub fn announcement(id: u8, length: usize) -> Vec<u8> {
     let rest: Vec<u8> = (4..length).map(|at| (at * 7) as u8 ^ id).collect();
     mp(&[&[ADD_ADDR, id], &rest])
 }
@@ -159,6 +163,54 @@ impl Connection {
             self.server_with(&[&mapping(), &timestamps(1, 2)])
                 .payload(b"pong"),
         ]
+    }
+}
+
+/// The connection of a client's packet, from its SYN to the second DSS of each end.
+pub fn established(packet: &Frame) -> Vec<Frame> {
+    let base = if packet.src.is_ipv4() { v4() } else { v6() };
+    let connection = Connection::new(
+        base.between(packet.src, packet.dst)
+            .ports(packet.src_port, packet.dst_port),
+    );
+    let talk = [connection.talk(), connection.talk()].concat();
+    connection.opening().into_iter().chain(talk).collect()
+}
+
+/// An ADD_ADDR by the client of such a connection.
+pub fn add_addr_of_client(id: u8, address: IpAddr) -> Vec<u8> {
+    adding::add_addr(CLIENT_KEY, SERVER_KEY, id, address, None)
+}
+
+fn mapped(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
+/// The name of a connection in maps, if the source of the packet is the first end.
+fn flow_id(frame: &Frame) -> Vec<u8> {
+    let ports = [frame.src_port.to_be_bytes(), frame.dst_port.to_be_bytes()];
+    [
+        &mapped(frame.src)[..],
+        &mapped(frame.dst),
+        &ports[0],
+        &ports[1],
+    ]
+    .concat()
+}
+
+/// Puts an option where `hold_add_addr` would, for both ends (`struct held_options` of
+/// src/bpf/mptcp_types.h).
+pub fn hold(held: &OwnedFd, frame: &Frame, option: &[u8]) {
+    let mut slot = vec![0; 48];
+    slot[8] = option.len() as u8;
+    slot[9..9 + option.len()].copy_from_slice(option);
+    let end = [slot, vec![0; 3 * 48]].concat();
+    let value = [&end[..], &end].concat();
+    for frame in [frame.clone(), frame.clone().back()] {
+        sys::map_update(held, &flow_id(&frame), &value, 0).unwrap();
     }
 }
 

@@ -2,7 +2,6 @@
 //! `mp_prio`, `remove_addr` and `add_subflow`: options added to packets of an established subflow.
 
 use hmac::{Hmac, Mac};
-use std::net::IpAddr;
 
 use super::*;
 use crate::bench::gives;
@@ -261,7 +260,7 @@ fn proof(own: u64, peer: u64, id: u8, address: IpAddr, port: u16) -> [u8; 8] {
     whole[whole.len() - 8..].try_into().unwrap()
 }
 
-fn add_addr(own: u64, peer: u64, id: u8, address: IpAddr, port: Option<u16>) -> Vec<u8> {
+pub fn add_addr(own: u64, peer: u64, id: u8, address: IpAddr, port: Option<u16>) -> Vec<u8> {
     let bytes = match address {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What `record` counts and `report` tells, read from their maps.
 
-use std::net::IpAddr;
 use std::thread::sleep;
 use std::time::Duration;
 
 use libbpf_rs::{MapHandle, RingBufferBuilder};
-use policy_chain::engine::sys;
 
 use super::*;
 use crate::bench::gives;
@@ -66,27 +64,10 @@ impl End {
     }
 }
 
-fn mapped(address: IpAddr) -> [u8; 16] {
-    match address {
-        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
-        IpAddr::V6(address) => address.octets(),
-    }
-}
-
 /// What `pcd_subflows` has of the connection of a packet from its client.
 fn known(bench: &Bench, client: &Frame) -> Option<Known> {
-    let key = |frame: &Frame| {
-        let ports = [frame.src_port.to_be_bytes(), frame.dst_port.to_be_bytes()];
-        let key = [
-            &mapped(frame.src)[..],
-            &mapped(frame.dst),
-            &ports[0],
-            &ports[1],
-        ];
-        key.concat()
-    };
     let find = |frame: &Frame| {
-        let key = key(frame);
+        let key = flow_id(frame);
         assert_eq!(key.len(), FLOW);
         sys::map_lookup(bench.state("pcd_subflows"), &key, SUBFLOW).unwrap()
     };
