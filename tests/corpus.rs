@@ -109,6 +109,21 @@ fn tagged(frame: &[u8], tags: &[[u8; 4]]) -> Vec<u8> {
     [&frame[..12], &tags.concat(), &frame[12..]].concat()
 }
 
+/// Addresses announced on a subflow that shows itself by DSS.
+fn announcements() -> Vec<Vec<u8>> {
+    let dss = option(30, 8, 0x20);
+    let add_addr = option(30, 16, 0x30);
+    let announced = [&add_addr[..], &dss].concat();
+    let frames = both().map(|(_, frame)| {
+        [
+            frame.clone().options(&dss),
+            frame.clone().options(&announced),
+            frame.clone().options(&announced).payload(b"data"),
+        ]
+    });
+    frames.iter().flatten().map(Frame::build).collect()
+}
+
 /// Every kind of capture there is to have here.
 fn write_corpus(files: &Files) {
     let environment = Environment::direct();
@@ -145,6 +160,7 @@ fn write_corpus(files: &Files) {
     files.write("jumbo.pcapng", pcapng(&jumbo));
     files.write("vlan.pcap", pcap(&vlans, whole));
     files.write("crafted.cap", pcap(&crafted, whole));
+    files.write("announcements.pcap", pcap(&announcements(), whole));
     files.write("README", "no capture");
 }
 
@@ -160,11 +176,20 @@ fn everything_comes_out_sound() {
     println!("{report}");
     assert_eq!(report.failed, 0, "{report}");
     assert_eq!(report.exit_code(), 0);
-    assert_eq!(report.files, 7);
+    assert_eq!(report.files, 8);
     assert!(report.right > 0 && report.partial > 0 && report.cut > 0);
     for ((name, hook), (changed, _)) in &report.chains {
         // No address of these packets has a route here.
-        let untouched = ["count", "pass", "drop", "goto", "redirect-neighbour"].contains(name);
+        let untouched = [
+            "count",
+            "pass",
+            "drop",
+            "goto",
+            "redirect-neighbour",
+            "record",
+            "report",
+        ]
+        .contains(name);
         assert_eq!(*changed == 0, untouched, "{name} on {hook}: {changed}");
     }
     let lines = report.to_string();
@@ -231,6 +256,10 @@ fn sound_edits_are_recognised() {
 fn unsound_edits_are_found() {
     for (_, base) in both() {
         for hook in Hook::ALL {
+            let reset = base.clone().flags(RST | ACK);
+            sound(Change::Reset, hook, &base, &reset);
+            unsound(TCP, hook, &base, &reset);
+            unsound(Change::Reset, hook, &base, &reset.ports(1, 2));
             let frame = base.clone().payload(b"odd");
             let bytes = frame.build();
             unsound(Change::Nothing, hook, &frame, &frame.clone().window(7));

@@ -8,6 +8,8 @@ PARAMS;
 
 ACTION(goto, "go on with a sub-chain, fixed or named by the set element", TERMINAL)
 {
+	/* There is no coming back to do so. */
+	cadence_done(turn);
 	JUMP("chain", ctx, &pc_chains, PARAM(chain));
 	return SKIP(REASON_NO_CHAIN);
 }

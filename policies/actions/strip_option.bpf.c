@@ -42,7 +42,7 @@ ACTION(strip_option, "overwrite or take out a TCP option, every one of its kind 
 	struct segment segment;
 	enum reason reason;
 
-	if (params.kind == OPTION_KIND_MPTCP && params.subtype == MPTCP_SUBTYPE_ADD_ADDR &&
+	if (PARAM(kind) == OPTION_KIND_MPTCP && PARAM(subtype) == MPTCP_SUBTYPE_ADD_ADDR &&
 	    PARAM(mode) == STRIP_MODE_AUTO)
 		return strip_announcements(ctx);
 	reason = parse_tcp_to_change(ctx, &segment);

@@ -64,7 +64,7 @@ struct node_config {
 	__u32 cadence_first;	/* action: packets of a flow it is done to; 0: not limited so */
 	__u64 cadence_every;	/* action: nanoseconds between two of a flow it is done to; 0: none */
 	__u32 cadence_id;	/* action: which it is among those with one of the two */
-	__u32 pad;
+	__u32 later;		/* successor of an action whose turn it was not */
 	__u64 argument_min;
 	__u64 argument_max;
 };

@@ -60,6 +60,14 @@ static __always_inline int node_next(hook_ctx *ctx, struct node_stats *stats)
 	return node_lost(ctx, stats, REASON_TAIL_CALL_MISSED);
 }
 
+static __always_inline int node_later(hook_ctx *ctx, struct node_stats *stats)
+{
+	if (node.later & SUCCESSOR_VERDICT)
+		return node_end(ctx, node.later == SUCCESSOR_DROP ? HOOK_DROP : HOOK_PASS);
+	JUMP("later", ctx, &pc_nodes, node.later);
+	return node_lost(ctx, stats, REASON_TAIL_CALL_MISSED);
+}
+
 static __always_inline int node_otherwise(hook_ctx *ctx, struct node_stats *stats)
 {
 	if (node.otherwise & SUCCESSOR_VERDICT)

@@ -151,7 +151,7 @@ static __always_inline int action_finish(hook_ctx *ctx, struct node_stats *stats
 			return node_end(ctx, HOOK_DROP);
 		/* to leave a packet alone whose turn it is not, is no failure */
 		if (has_cadence() && outcome == SKIP(REASON_NOT_DUE))
-			return node_next(ctx, stats);
+			return node_later(ctx, stats);
 		return node_otherwise(ctx, stats);
 	}
 	cadence_done(turn);
@@ -182,7 +182,8 @@ static __always_inline int action_finish(hook_ctx *ctx, struct node_stats *stats
 
 #define ACTION(name, text, ...)                                                            \
 	static __always_inline enum outcome name##_body(hook_ctx *ctx,                     \
-							struct argument argument);         \
+							struct argument argument,          \
+							const struct cadence_key *turn);   \
 	__tag("action") __doc(text) __VA_ARGS__ SEC(HOOK_SECTION)                          \
 	int pc_##name(hook_ctx *ctx)                                                       \
 	{                                                                                  \
@@ -199,8 +200,10 @@ static __always_inline int action_finish(hook_ctx *ctx, struct node_stats *stats
 		if (!reason)                                                               \
 			reason = cadence_check(ctx, &turn);                                \
 		return action_finish(ctx, stats,                                           \
-				     reason ? SKIP(reason) : name##_body(ctx, argument),   \
+				     reason ? SKIP(reason) :                               \
+					      name##_body(ctx, argument, &turn),           \
 				     &turn);                                               \
 	}                                                                                  \
 	static __always_inline enum outcome name##_body(hook_ctx *ctx,                     \
-							struct argument argument)
+							struct argument argument,          \
+							const struct cadence_key *turn)

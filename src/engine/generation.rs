@@ -372,6 +372,7 @@ impl Loader<'_> {
             slot,
             next: successor_value(node.next),
             otherwise: successor_value(node.otherwise),
+            later: successor_value(node.later),
             chain: node.chain_id,
             flags,
             carrier: self.carrier,

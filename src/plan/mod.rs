@@ -63,6 +63,8 @@ pub struct Node {
     pub next: Successor,
     /// After a miss, or an action that gave up.
     pub otherwise: Successor,
+    /// After an action whose turn it was not.
+    pub later: Successor,
     /// A selector that matches what its policy does not.
     pub negate: bool,
     pub keys: Keys,
@@ -256,6 +258,7 @@ fn learner(next: Successor) -> Node {
         kind: Kind::Action,
         next,
         otherwise: next,
+        later: next,
         negate: false,
         keys: Keys::None,
         params: Map::new(),
@@ -362,6 +365,7 @@ impl Planner<'_> {
             kind,
             next: Successor::Pass,
             otherwise: Successor::Pass,
+            later: Successor::Pass,
             negate: false,
             keys: Keys::None,
             params: Map::new(),
@@ -402,6 +406,7 @@ impl Planner<'_> {
                     OnError::Pass => Successor::Pass,
                     OnError::Drop => Successor::Drop,
                 },
+                later: next,
                 params: action.params.clone(),
                 keys: action.keys.clone(),
                 terminal,

@@ -3,6 +3,7 @@
 
 use super::{Graph, MAX_TAIL_CALLS, Node, Successor};
 use crate::error::Invalid;
+use crate::spec::Cadence;
 
 /// Nodes shown at each end of a path that is too long.
 const SHOWN: usize = 8;
@@ -117,6 +118,9 @@ impl<'a> Paths<'a> {
     /// Where a packet can go from a node: for a verdict map, every sub-chain.
     fn successors(&self, node: &Node) -> Vec<Successor> {
         let mut successors = vec![node.next, node.otherwise];
+        if node.cadence != Cadence::Always {
+            successors.push(node.later);
+        }
         if node.is_verdict_map() {
             successors.extend(self.graph.heads.values().copied());
         }

@@ -296,3 +296,141 @@ fn patterns_are_planned_with_the_names_they_match() {
         check(first, second).unwrap();
     }
 }
+
+fn names(maps: &BTreeSet<String>) -> Vec<&str> {
+    maps.iter().map(String::as_str).collect()
+}
+
+/// What a graph of these actions keeps, what of it learners fill, and what the learner is told.
+#[track_caller]
+fn keeps(actions: Value, state: &[&str], reads: &[&str], told: &[&str]) {
+    let graph = planned(json!([chain("a", json!({ "actions": actions }))])).unwrap();
+    assert_eq!(names(&graph.state), state, "{actions}");
+    assert_eq!(names(&graph.reads), reads, "{actions}");
+    assert_eq!(graph.learns, graph.reads, "{actions}");
+    let learner = graph.nodes.iter().find(|node| node.is_learner());
+    let params: Vec<&str> = learner
+        .iter()
+        .flat_map(|node| node.params.keys().map(String::as_str))
+        .collect();
+    assert_eq!(params, told, "{actions}");
+    if learner.is_some() {
+        assert_eq!(graph.entry, Successor::Node(graph.nodes.len() - 1));
+    }
+}
+
+#[test]
+fn learners_fill_what_policies_look_up() {
+    let strip = |subtype: Value| json!([{ "action": "strip_option", "kind": "mptcp", "subtype": subtype, "unsafe": true }]);
+    let subflows = ["pcd_subflows", "pcn_connections"];
+    keeps(json!([{ "action": "count" }]), &[], &[], &[]);
+    keeps(
+        json!([{ "action": "set_window", "bytes": 1 }]),
+        &["pcd_flows"],
+        &["pcd_flows"],
+        &["handshakes"],
+    );
+    keeps(
+        json!([{ "action": "set_window", "bytes": 1, "raw": true }]),
+        &[],
+        &[],
+        &[],
+    );
+    for none in [json!("dss"), json!("any"), json!(2), json!("mp_prio")] {
+        keeps(strip(none), &[], &[], &[]);
+    }
+    for some in [json!("add_addr"), json!(3)] {
+        keeps(strip(some), &subflows, &subflows, &["subflows"]);
+    }
+    keeps(
+        json!([{ "action": "record" }, { "action": "set_window", "bytes": 1 }]),
+        &["pcd_flows", "pcd_subflows", "pcn_connections"],
+        &["pcd_flows", "pcd_subflows", "pcn_connections"],
+        &["handshakes", "subflows"],
+    );
+    let acks = ["pcd_acks", "pcd_subflows", "pcn_connections"];
+    keeps(
+        json!([{ "action": "mp_prio", "backup": true }]),
+        &["pcd_acks", "pcd_cadence", "pcd_subflows", "pcn_connections"],
+        &acks,
+        &["subflows", "acks"],
+    );
+    keeps(
+        json!([{ "action": "mp_prio", "backup": true, "once": false }]),
+        &acks,
+        &acks,
+        &["subflows", "acks"],
+    );
+    keeps(
+        json!([{ "action": "add_subflow", "address": "10.0.0.9", "id": 1, "every": "1s" }]),
+        &[
+            "pcd_acks",
+            "pcd_cadence",
+            "pcd_subflows",
+            "pcn_connections",
+            "pcn_keys",
+        ],
+        &["pcd_acks", "pcd_subflows", "pcn_connections", "pcn_keys"],
+        &["subflows", "secrets", "acks"],
+    );
+    keeps(
+        json!([{ "action": "count", "first": 3 }]),
+        &["pcd_cadence"],
+        &[],
+        &[],
+    );
+}
+
+/// The learner of a hook where no chain asks for one, for the other direction.
+#[test]
+fn a_graph_learns_for_another_hook() {
+    let more = BTreeSet::from(["pcd_acks".to_owned(), "pcd_subflows".to_owned()]);
+    let graph = Graph::empty().with_learner(&more).unwrap();
+    assert_eq!(
+        drawn(&graph),
+        ["entry (entry)/0:learner", "(entry)/0:learner pass pass"]
+    );
+    assert_eq!((&graph.learns, &graph.state), (&more, &more));
+    assert!(graph.reads.is_empty());
+    let graph = planned(json!([chain(
+        "a",
+        json!({ "actions": [{ "action": "set_window", "bytes": 1 }] })
+    )]))
+    .unwrap();
+    let graph = graph.with_learner(&more).unwrap();
+    assert_eq!(graph.nodes.len(), 2, "one learner does for all");
+    let learner = &graph.nodes[1];
+    let told: Vec<&str> = learner.params.keys().map(String::as_str).collect();
+    assert_eq!(told, ["handshakes", "subflows", "acks"]);
+    assert_eq!(names(&graph.reads), ["pcd_flows"]);
+    let graph = Graph::empty().with_learner(&BTreeSet::new()).unwrap();
+    assert!(graph.nodes.is_empty());
+}
+
+#[test]
+fn an_action_whose_turn_it_is_not_goes_on_with_the_next() {
+    let graph = planned(json!([
+        chain(
+            "a",
+            json!({ "actions": [
+                { "action": "set_mss", "bytes": 1, "first": 3, "on_error": "drop" },
+                { "action": "goto", "chain": "s", "once": true }], "then": "drop" })
+        ),
+        sub("s", json!({})),
+    ]))
+    .unwrap();
+    let node = |ordinal| {
+        let mut nodes = graph.nodes.iter();
+        let found = nodes.find(|node| node.chain == "a" && node.ordinal == ordinal);
+        found.unwrap()
+    };
+    let (first, goto) = (node(0), node(1));
+    assert_eq!(
+        (first.later, first.otherwise),
+        (first.next, Successor::Drop)
+    );
+    assert_ne!(goto.next, goto.later);
+    assert_eq!(goto.later, Successor::Drop);
+    assert_eq!(first.cadence, Cadence::First(3));
+    assert_eq!(goto.cadence, Cadence::First(1));
+}

@@ -20,6 +20,7 @@ typedef struct { __u32 length; __u8 addr[16]; } prefix_t;
 typedef struct { __u8 addr[6]; } mac_t;
 typedef __u32 device_t;
 typedef __u32 chain_t;
+typedef __u32 token_t;
 typedef __be16 port_t;
 typedef struct { __u16 first, last; } port_range_t;
 typedef __u64 duration_t;
@@ -99,6 +100,26 @@ struct params {
 };
 PARAMS;
 TERMINAL(everything, "has every type") { return params.window + node.next; }
+"#;
+
+/// Guards, and maps that are kept from one generation to the next.
+pub const GUARDED: &str = r#"
+enum option_kind { OPTION_KIND_NONE = 0, OPTION_KIND_MSS = 2, OPTION_KIND_MPTCP = 30 };
+struct params {
+        __u8 id DOC("an id") TAG("guard:0:sure:it ends all");
+        enum option_kind kind DOC("option to look for") TAG("range:0..255")
+                TAG("guard:mptcp:sure:it breaks") TAG("stateful:mss");
+        bool sure DOC("do it all the same");
+        bool blind DOC("look nothing up") TAG("stateless");
+        token_t token DOC("a connection");
+};
+PARAMS;
+#define MAP(name) struct { int (*type)[1]; __u32 *key; __u32 *value; int (*max_entries)[1]; } \
+        name SEC(".maps")
+MAP(pcd_seen);
+MAP(pcn_all);
+MAP(pc_scratch);
+TAG("once") ACTION(guarded, "has guards") { return params.id + node.next; }
 "#;
 
 /// A selector that takes sets of kind `flow`.

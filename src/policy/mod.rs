@@ -111,7 +111,7 @@ impl Policy {
             let stateless = field.stateless && given == Some(&Value::Bool(true));
             // What an element brings is not known.
             let other = field.stateful.as_ref().is_some_and(|value| {
-                !given.is_some_and(|given| given.is_object() || given.as_str() == Some(value))
+                !given.is_some_and(|given| given.is_object() || field.is(given, value))
             });
             stateless || other
         });

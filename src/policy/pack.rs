@@ -313,10 +313,7 @@ fn refuse_unguarded(
     let Some(guard) = &field.guard else {
         return Ok(());
     };
-    let text = value
-        .as_str()
-        .map_or_else(|| value.to_string(), str::to_owned);
-    if text != guard.value || values.get(&guard.by) == Some(&Value::Bool(true)) {
+    if !field.is(value, &guard.value) || values.get(&guard.by) == Some(&Value::Bool(true)) {
         return Ok(());
     }
     Err(Invalid::new(

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Map, Value, json};
 
-use super::fixture::{EVERYTHING, FLOW, PREFIX, compile, compile_alone};
+use super::fixture::{EVERYTHING, FLOW, GUARDED, PREFIX, compile, compile_alone};
 use super::*;
 use crate::error::Invalid;
 
@@ -210,8 +210,15 @@ fn build_rules_for_programs() {
     build_error(
         "x",
         "TAG(\"terminal\") SELECTOR(x, \"y\") { return node.next; }",
-        &["cannot be terminal"],
+        &["neither terminal nor once"],
     );
+    build_error(
+        "x",
+        "TAG(\"once\") SELECTOR(x, \"y\") { return node.next; }",
+        &["neither terminal nor once"],
+    );
+    let once = btf::read(&compile(&format!("TAG(\"once\") {good}")), "x").unwrap();
+    assert!(once.once && !once.terminal);
     build_error("x", &format!("TAG(\"selector\") {good}"), &["both"]);
     build_error(
         "x",
@@ -273,6 +280,18 @@ fn build_rules_for_members() {
     member_error("__u8 a[300] DOC(\"x\"); __u8 a_len;", &["300", "count"]);
     member_error("bytes_t a DOC(\"x\");", &["must be an array"]);
     member_error("device_t a DOC(\"x\") TAG(\"default:eth0\");", &["default"]);
+    for guard in ["0", "0:b"] {
+        member_error(
+            &format!("__u8 a DOC(\"x\") TAG(\"guard:{guard}\"); bool b DOC(\"x\");"),
+            &["expected VALUE:MEMBER:WHY"],
+        );
+    }
+    for by in ["c", "a"] {
+        member_error(
+            &format!("__u8 a DOC(\"x\") TAG(\"guard:0:{by}:it ends\"); bool b DOC(\"x\");"),
+            &["a: tag \"guard:\" names no bool member"],
+        );
+    }
     member_error(
         "__u8 a DOC(\"x\") TAG(\"required\") TAG(\"default:1\");",
         &["both required"],
@@ -281,6 +300,122 @@ fn build_rules_for_members() {
     btf::read(&compile(&fine), "x").unwrap();
     let hidden = with_member("__u8 a DOC(\"x\");").replace("PARAMS", "static PARAMS");
     build_error("x", &hidden, &["must not be static"]);
+}
+
+fn guarded() -> &'static Policy {
+    static POLICY: OnceLock<Policy> = OnceLock::new();
+    POLICY.get_or_init(|| {
+        let object: &'static [u8] = compile(GUARDED).leak();
+        let embedded = EmbeddedPolicy {
+            name: "guarded",
+            xdp: object,
+            tc: object,
+        };
+        Policy::new(embedded).unwrap()
+    })
+}
+
+#[test]
+fn guarded_values_need_their_bool() {
+    let layout = guarded().params.as_ref().unwrap();
+    let pack = |value: Value| layout.pack(&object(value), "$.a", &[], &TestNames, true);
+    let cases = [
+        ("id", json!(0), "it ends all"),
+        ("kind", json!("mptcp"), "it breaks"),
+        ("kind", json!(30), "it breaks"),
+    ];
+    for (name, value, why) in cases {
+        for sure in [None, Some(false)] {
+            let mut values = json!({ name: value });
+            if let Some(sure) = sure {
+                values["sure"] = sure.into();
+            }
+            let invalid = pack(values).unwrap_err();
+            assert_eq!(invalid.path, format!("$.a.{name}"));
+            assert!(invalid.found.ends_with(why), "{invalid}");
+            assert!(invalid.expected.contains("\"sure\": true"), "{invalid}");
+            assert!(invalid.advice.contains("add \"sure\": true"), "{invalid}");
+        }
+        pack(json!({ name: value, "sure": true })).unwrap();
+    }
+    for fine in [
+        json!({ "id": 30 }),
+        json!({ "kind": "mss" }),
+        json!({ "kind": 0 }),
+        json!({ "kind": 31 }),
+        json!({ "kind": { "from": "element" } }),
+    ] {
+        pack(fine).unwrap();
+    }
+}
+
+#[test]
+fn state_depends_on_parameters() {
+    let policy = guarded();
+    assert!(policy.once);
+    assert_eq!(policy.state, ["pcd_seen", "pcn_all"], "not pc_scratch");
+    let uses = |value: Value| !policy.state_with(&object(value)).is_empty();
+    assert!(uses(json!({ "kind": "mss" })));
+    assert!(uses(json!({ "kind": 2 })), "by number");
+    assert!(uses(json!({ "kind": { "from": "element" } })));
+    for other in [
+        json!({}),
+        json!({ "kind": "none" }),
+        json!({ "kind": 3 }),
+        json!({ "kind": "mss", "blind": true }),
+    ] {
+        assert!(!uses(other.clone()), "{other}");
+    }
+    assert!(uses(json!({ "kind": "mss", "blind": false })));
+}
+
+#[test]
+fn tokens_are_hex_digits() {
+    let layout = guarded().params.as_ref().unwrap();
+    let field = layout.field("token").unwrap();
+    assert_eq!(field.ty, FieldType::Token);
+    let pack = |value: Value| {
+        layout.pack(
+            &object(json!({ "token": value })),
+            "$",
+            &[],
+            &TestNames,
+            true,
+        )
+    };
+    for (text, token) in [
+        ("5e1cb2d0", 0x5e1c_b2d0_u32),
+        ("0x5E1CB2D0", 0x5e1c_b2d0),
+        ("1", 1),
+        ("ffffffff", u32::MAX),
+    ] {
+        let bytes = pack(json!(text)).unwrap().bytes;
+        assert_eq!(bytes[field.offset..][..4], token.to_ne_bytes(), "{text}");
+        let back = layout.unpack(&bytes, &TestNames);
+        assert_eq!(back["token"], format!("{token:08x}"));
+    }
+    for wrong in [
+        json!("0"),
+        json!(""),
+        json!("0x"),
+        json!("+1"),
+        json!("123456789"),
+        json!("5g"),
+        json!(5),
+    ] {
+        let invalid = pack(wrong).unwrap_err();
+        assert!(invalid.expected.contains("1 to 8 hex digits"), "{invalid}");
+    }
+    let schema = layout.schema();
+    assert!(
+        schema["properties"]["token"]["pattern"]
+            .as_str()
+            .unwrap()
+            .contains("{1,8}")
+    );
+    let page = policy_page(guarded());
+    assert!(page.contains("once per flow, unless"), "{page}");
+    assert_eq!(policy_json(guarded())["once"], json!(true));
 }
 
 #[test]
@@ -771,7 +906,7 @@ fn json_form_is_stable() {
         list[0],
         json!({
             "name": "flow", "kind": "selector", "doc": "matches a flow of a set",
-            "terminal": false, "hooks": ["xdp", "tc-egress"],
+            "terminal": false, "once": false, "hooks": ["xdp", "tc-egress"],
             "parameters": [{
                 "name": "any_port", "type": "bool", "values": "true or false",
                 "doc": "ignore the ports of the key", "required": false, "default": null,

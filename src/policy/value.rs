@@ -49,6 +49,18 @@ impl Field {
         }
     }
 
+    /// Whether a value is the one that a tag names, by name or number.
+    pub(super) fn is(&self, value: &Value, tagged: &str) -> bool {
+        let number = match &self.ty {
+            FieldType::Enum { names, .. } => names
+                .iter()
+                .find(|(name, _)| name == tagged)
+                .map(|(_, number)| *number),
+            _ => tagged.parse().ok(),
+        };
+        value.as_str() == Some(tagged) || (number.is_some() && value.as_u64() == number)
+    }
+
     /// Whether an action may read the member from the element's argument.
     pub fn can_come_from_element(&self) -> bool {
         // What has one value only cannot come from anywhere.

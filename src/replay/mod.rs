@@ -133,6 +133,8 @@ fn checksum_at(chain: &Chain, hook: Hook) -> Checksum {
         .map_or(Checksum::Auto, |attach| attach.checksum)
 }
 
+/// The reason of an action whose turn it was not.
+const NOT_DUE: &str = "not_due";
 /// Length of an Ethernet header, in bytes.
 const ETHERNET_HEADER: usize = 14;
 
@@ -362,6 +364,7 @@ impl Runner {
         match node.kind {
             Kind::Selector if count.packets > 0 => node.next,
             Kind::Selector => node.otherwise,
+            Kind::Action if count.named_reasons().any(|(name, _)| name == NOT_DUE) => node.later,
             Kind::Action if count.given_up() > 0 => node.otherwise,
             Kind::Action if node.is_verdict_map() => {
                 let head = self.graph.heads.values().find(reached);

@@ -740,6 +740,141 @@ fn wrong_actions_are_refused() {
     );
 }
 
+/// How often an action is done to a flow, and the form that is written back.
+#[test]
+fn cadences_are_read() {
+    let read = |members: Value, written: Value, cadence: Option<Cadence>| {
+        let mut action = json!({ "action": "count" });
+        let given = members.as_object().unwrap().clone();
+        action.as_object_mut().unwrap().extend(given);
+        let chain = actions(json!([action])).unwrap();
+        assert_eq!(chain.actions[0].cadence, cadence, "{members}");
+        let mut canonical = json!({ "action": "count" });
+        let wanted = written.as_object().unwrap().clone();
+        canonical.as_object_mut().unwrap().extend(wanted);
+        assert_eq!(chain.to_json()["actions"][0], canonical, "{members}");
+        let again = Chain::from_json(&chain.to_json(), registry()).unwrap();
+        assert_eq!(again, chain, "{members}");
+    };
+    let same = |members: Value, cadence| read(members.clone(), members, cadence);
+    same(json!({}), None);
+    same(json!({ "once": true }), Some(Cadence::First(1)));
+    same(json!({ "once": false }), Some(Cadence::Always));
+    same(json!({ "first": 3 }), Some(Cadence::First(3)));
+    same(json!({ "first": u32::MAX }), Some(Cadence::First(u32::MAX)));
+    same(
+        json!({ "every": "200ms" }),
+        Some(Cadence::Every(200_000_000)),
+    );
+    read(
+        json!({ "first": 1 }),
+        json!({ "once": true }),
+        Some(Cadence::First(1)),
+    );
+    read(
+        json!({ "every": "60s" }),
+        json!({ "every": "1m" }),
+        Some(Cadence::Every(60_000_000_000)),
+    );
+}
+
+#[test]
+fn wrong_cadences_are_refused() {
+    let wrong = |members: Value, member: &str, found: &str, expected: &str| {
+        let mut action = json!({ "action": "count" });
+        let given = members.as_object().unwrap().clone();
+        action.as_object_mut().unwrap().extend(given);
+        let at = format!("$.chains[0].actions[0].{member}");
+        refused(actions(json!([action])), &at, found, expected);
+    };
+    for value in [json!(1), json!("yes"), Value::Null] {
+        let found = value.to_string();
+        wrong(json!({ "once": value }), "once", &found, "true or false");
+    }
+    let counts = [
+        (json!(0), "0"),
+        (json!(-1), "-1"),
+        (json!(1.5), "1.5"),
+        (json!("3"), "\"3\""),
+        (json!(1u64 << 32), "4294967296"),
+    ];
+    for (value, found) in counts {
+        wrong(json!({ "first": value }), "first", found, "1 to 4294967295");
+    }
+    let spans = [
+        (json!("0s"), "0s"),
+        (json!("5"), "5"),
+        (json!("5 s"), "5 s"),
+        (json!("-5s"), "-5s"),
+        (json!("99999999999999h"), "99999999999999h"),
+        (json!(5), "5"),
+    ];
+    for (value, found) in spans {
+        wrong(json!({ "every": value }), "every", found, "a duration");
+    }
+    let one = "one of \"once\", \"first\" and \"every\"";
+    wrong(
+        json!({ "once": true, "first": 2 }),
+        "first",
+        "both \"once\" and \"first\"",
+        one,
+    );
+    wrong(
+        json!({ "every": "5s", "first": 2 }),
+        "every",
+        "both \"first\" and \"every\"",
+        one,
+    );
+    wrong(
+        json!({ "every": "5s", "once": false }),
+        "every",
+        "both \"once\" and \"every\"",
+        one,
+    );
+}
+
+#[test]
+fn what_breaks_a_connection_must_be_asked_for() {
+    let at = "$.chains[0].actions[0]";
+    let strip = |subtype: Value, more: Value| {
+        let mut action = json!({ "action": "strip_option", "kind": "mptcp", "subtype": subtype });
+        let more = more.as_object().unwrap().clone();
+        action.as_object_mut().unwrap().extend(more);
+        actions(json!([action]))
+    };
+    for dss in [json!("dss"), json!(2)] {
+        let path = format!("{at}.subtype");
+        refused(
+            strip(dss.clone(), json!({})),
+            &path,
+            "loses data",
+            "\"unsafe\": true",
+        );
+        refused(
+            strip(dss.clone(), json!({ "unsafe": false })),
+            &path,
+            "loses data",
+            "\"unsafe\": true",
+        );
+        strip(dss, json!({ "unsafe": true })).unwrap();
+    }
+    strip(json!("add_addr"), json!({})).unwrap();
+    let remove = |more: Value| {
+        let mut action = json!({ "action": "remove_addr" });
+        let more = more.as_object().unwrap().clone();
+        action.as_object_mut().unwrap().extend(more);
+        actions(json!([action]))
+    };
+    refused(
+        remove(json!({ "id": 0 })),
+        &format!("{at}.id"),
+        "first subflow",
+        "\"unsafe\": true",
+    );
+    remove(json!({ "id": 0, "unsafe": true })).unwrap();
+    remove(json!({ "id": 1 })).unwrap();
+}
+
 #[test]
 fn misplaced_policies_say_where_they_belong() {
     for (error, advice) in [

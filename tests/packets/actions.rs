@@ -367,8 +367,17 @@ fn other_actions_take_arguments() {
         json!({ "action": "strip_option", "kind": "mptcp", "subtype": { "from": "element" } }),
         &[gives(
             "subtype",
-            &v4().options(&[30, 4, 0x35, 0xb4, 30, 4, 0x20, 0]),
+            &v4().options(&[30, 4, 0x34, 0xb4, 30, 4, 0x20, 0]),
             &v4().options(&[1, 1, 1, 1, 30, 4, 0x20, 0]),
+        )],
+    );
+    run(
+        2,
+        json!({ "action": "strip_option", "kind": "mptcp", "subtype": { "from": "element" } }),
+        &[leaves(
+            "a subtype that is unsafe",
+            &v4().options(&[30, 4, 0x34, 0xb4, 30, 4, 0x20, 0]),
+            "unsafe",
         )],
     );
     run(
@@ -548,12 +557,20 @@ fn every_action_has_rows() {
         .map(|policy| policy.name.as_str())
         .collect();
     let known = [
+        "add_subflow",
         "count",
         "drop",
         "goto",
+        "hold_add_addr",
         "insert_option",
+        "mp_prio",
         "pass",
+        "record",
         "redirect",
+        "remove_addr",
+        "report",
+        "reset_subflow",
+        "restore_add_addr",
         "set_mss",
         "set_window",
         "strip_option",

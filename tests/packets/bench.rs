@@ -2,6 +2,7 @@
 //! A chain loaded on every hook, and what every packet through it must hold to.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use policy_chain::engine::generation::CarrierChoice;
@@ -99,6 +100,11 @@ impl Bench {
         let layout = &registry.set_kind(kind).unwrap().layout;
         let map = self.runner.set(set).unwrap();
         sets::store(map, layout, &items, set, &names).unwrap();
+    }
+
+    /// A map that is kept from one generation to the next.
+    pub fn state(&self, map: &str) -> &OwnedFd {
+        &self.runner.generation().state[map]
     }
 
     /// Runs a frame and checks what holds for every packet and every chain.

@@ -9,6 +9,7 @@ mod bench;
 mod checksums;
 mod defects;
 mod frames;
+mod mptcp;
 mod options;
 mod random;
 mod selectors;

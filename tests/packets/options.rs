@@ -195,14 +195,19 @@ fn strip_subtypes() {
             &v4().options(&words(&[&[MPTCP, 2]])),
             "option_absent",
         ));
-        act(
-            json!({ "action": "strip_option", "kind": "mptcp", "subtype": name }),
-            &rows,
-        );
-        act(
-            json!({ "action": "strip_option", "kind": 30, "subtype": number }),
-            &rows,
-        );
+        // announcements are of mptcp.rs otherwise
+        for action in [
+            json!({ "action": "strip_option", "kind": "mptcp", "subtype": name, "unsafe": true }),
+            json!({ "action": "strip_option", "kind": 30, "subtype": number, "unsafe": true }),
+        ] {
+            let mut action = action;
+            action["mode"] = "nop".into();
+            act(action.clone(), &rows);
+            if name != "add_addr" {
+                action["mode"] = "auto".into();
+                act(action, &rows);
+            }
+        }
     }
 }
 
@@ -292,7 +297,7 @@ fn strip_several_and_at_any_offset() {
         "fragment",
     ));
     act(
-        json!({ "action": "strip_option", "kind": "mptcp", "subtype": "add_addr" }),
+        json!({ "action": "strip_option", "kind": "mptcp", "subtype": "add_addr", "mode": "nop" }),
         &rows,
     );
     let any = [
@@ -305,7 +310,7 @@ fn strip_several_and_at_any_offset() {
         everywhere("without a subtype", &words(&[&[MPTCP, 2]]), &nops(4), ACK),
     ];
     act(
-        json!({ "action": "strip_option", "kind": "mptcp" }),
+        json!({ "action": "strip_option", "kind": "mptcp", "unsafe": true }),
         &any.concat(),
     );
 }

@@ -199,6 +199,15 @@ fn options_of_random_packets() {
         json!({ "action": "strip_option", "kind": "timestamps" }),
         json!({ "action": "insert_option", "kind": 253, "data": "aabb" }),
         json!({ "action": "insert_option", "kind": 253, "data": "aabbccddee", "again": true }),
+        json!({ "action": "strip_option", "kind": "mptcp", "unsafe": true }),
+        json!({ "action": "mp_prio", "backup": true, "once": false }),
+        json!({ "action": "remove_addr", "id": 3, "every": "1ns" }),
+        json!({ "action": "add_subflow", "address": "10.0.0.9", "id": 1, "first": 9 }),
+        json!({ "action": "hold_add_addr" }),
+        json!({ "action": "restore_add_addr" }),
+        json!({ "action": "reset_subflow", "first": 1000 }),
+        json!({ "action": "record" }),
+        json!({ "action": "report" }),
     ] {
         fuzz(action, 0xd1b5_4a32_d192_ed03);
     }
@@ -213,6 +222,10 @@ fn random_packets_through_selectors() {
         json!({ "selector": "flow", "src": "2001:db8::1", "dst_port": 80 }),
         json!({ "selector": "service", "port": ["1-30000"] }),
         json!({ "selector": "tcp_flags", "any": ["syn"] }),
+        json!({ "selector": "mptcp" }),
+        json!({ "selector": "mptcp", "subtype": ["dss", "add_addr"], "flags": 1 }),
+        json!({ "selector": "mptcp", "address_id": [1, 2], "backup": "set" }),
+        json!({ "selector": "mptcp_connection", "keys": [{ "token": "1" }] }),
     ] {
         let mut not = selector.clone();
         not["not"] = true.into();

@@ -639,7 +639,16 @@ fn every_selector_has_rows() {
         .collect();
     assert_eq!(
         names,
-        ["flow", "ip_pair", "prefix", "service", "tcp", "tcp_flags"]
+        [
+            "flow",
+            "ip_pair",
+            "mptcp",
+            "mptcp_connection",
+            "prefix",
+            "service",
+            "tcp",
+            "tcp_flags"
+        ]
     );
     assert_eq!(Hook::ALL.len(), 3);
 }

@@ -8,6 +8,7 @@ mod run;
 
 use std::env;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use policy_chain::hook::{Family, Hook};
@@ -17,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::bench::with_chains;
 use crate::wire::with_wire;
-use outcomes::{Change, NEW_WINDOW, SCALE};
+use outcomes::{ADDRESS, ADDRESS_ID, Added, Change, NEW_WINDOW, SCALE};
 use rows::{Base, Row, tables};
 use run::{At, Cells, load, run_column};
 
@@ -36,8 +37,19 @@ struct Column {
     parameters: Value,
     change: Change,
     families: &'static [Family],
-    /// It wants to know what the ends of a connection agreed on.
-    learns: bool,
+    learns: Learns,
+    /// Where nothing else helps it drops the packet.
+    may_drop: bool,
+}
+
+/// What an action wants to know of the connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Learns {
+    Nothing,
+    /// The window scales that the ends agreed on.
+    Scale,
+    /// Its keys, and that both ends take MPTCP for established.
+    Mptcp,
 }
 
 const BOTH: &[Family] = &[Family::Xdp, Family::Tc];
@@ -50,11 +62,12 @@ fn columns() -> Vec<Column> {
         parameters,
         change,
         families: BOTH,
-        learns: false,
+        learns: Learns::Nothing,
+        may_drop: false,
     };
     vec![
         Column {
-            learns: true,
+            learns: Learns::Scale,
             ..column(
                 "set_window",
                 "",
@@ -100,6 +113,51 @@ fn columns() -> Vec<Column> {
     ]
 }
 
+/// Actions on subflows, which have tables of their own.
+fn mptcp_columns() -> Vec<Column> {
+    let column = |action, parameters, change| Column {
+        action,
+        variant: "",
+        parameters,
+        change,
+        families: BOTH,
+        learns: Learns::Mptcp,
+        may_drop: false,
+    };
+    let address = Ipv4Addr::from(ADDRESS).to_string();
+    vec![
+        Column {
+            variant: "`add_addr`",
+            may_drop: true,
+            ..column(
+                "strip_option",
+                json!({ "kind": "mptcp", "subtype": "add_addr" }),
+                Change::Nop,
+            )
+        },
+        column("hold_add_addr", json!({}), Change::Nop),
+        column("restore_add_addr", json!({}), Change::Add(Added::Held)),
+        column(
+            "add_subflow",
+            json!({ "address": address, "id": ADDRESS_ID, "once": false }),
+            Change::Add(Added::Address),
+        ),
+        column(
+            "remove_addr",
+            json!({ "id": ADDRESS_ID, "once": false }),
+            Change::Add(Added::Removed),
+        ),
+        column(
+            "mp_prio",
+            json!({ "backup": true, "once": false }),
+            Change::Add(Added::Prio),
+        ),
+        column("reset_subflow", json!({}), Change::Reset),
+        column("record", json!({}), Change::Note),
+        column("report", json!({}), Change::Note),
+    ]
+}
+
 /// One word if it is the same everywhere, else words by the coarsest names that tell.
 fn cell(words: &[(At, String)]) -> String {
     if let Some(word) = only(words.iter()) {
@@ -130,39 +188,60 @@ fn only<'a>(mut words: impl Iterator<Item = &'a (At, String)>) -> Option<&'a str
     words.all(|(_, word)| word == first).then_some(first)
 }
 
-fn render(columns: &[Column], cells: &[Cells]) -> String {
-    let mut text = BEGIN.to_owned();
+/// Columns that say the same in every row are one.
+fn merged<'a>(columns: &[Column], cells: &'a [Cells]) -> Vec<(String, &'a Cells)> {
+    let mut merged: Vec<(String, &Cells)> = Vec::new();
+    for (column, cells) in columns.iter().zip(cells) {
+        let name = format!("`{}` {}", column.action, column.variant);
+        let said = |cells: &Cells| -> Vec<(&str, String)> {
+            cells.iter().map(|(row, it)| (*row, cell(it))).collect()
+        };
+        match merged
+            .iter_mut()
+            .find(|(_, other)| said(other) == said(cells))
+        {
+            Some((names, _)) => *names += &format!(", {}", name.trim_end()),
+            None => merged.push((name.trim_end().to_owned(), cells)),
+        }
+    }
+    merged
+}
+
+fn render(prefix: &str, columns: &[Column], cells: &[Cells]) -> String {
+    let mut text = String::new();
+    let columns = merged(columns, cells);
     for (title, rows) in tables(&Base::of(Change::Window)) {
-        text += &format!("\n### {title}\n\n| Packet |");
-        for column in columns {
-            let names = format!(" `{}` {}", column.action, column.variant);
-            text += &format!("{} |", names.trim_end());
+        text += &format!("\n### {prefix}{title}\n\n| Packet |");
+        for (names, _) in &columns {
+            text += &format!(" {names} |");
         }
         text += &format!("\n|---|{}\n", "---|".repeat(columns.len()));
         for row in rows {
             text += &format!("| {} |", row.what);
-            for cells in cells {
+            for (_, cells) in &columns {
                 let words = cells.get(row.what).map_or("–".to_owned(), |it| cell(it));
                 text += &format!(" {words} |");
             }
             text += "\n";
         }
     }
-    text + "\n" + END
+    text
 }
 
 /// Compares the tables with what every action does, or writes them if `make docs` asks for that.
 #[test]
 fn tables_are_current() {
-    let columns = columns();
-    let (cells, failures) = with_wire(|mut wire| {
+    let (columns, mptcp) = (columns(), mptcp_columns());
+    let (cells, more, failures) = with_wire(|mut wire| {
         let mut failures = Vec::new();
-        let run = |column| run_column(column, &mut wire, &mut failures);
-        let cells: Vec<Cells> = columns.iter().map(run).collect();
-        (cells, failures)
+        let mut run = |column| run_column(column, &mut wire, &mut failures);
+        let cells: Vec<Cells> = columns.iter().map(&mut run).collect();
+        let more: Vec<Cells> = mptcp.iter().map(run).collect();
+        (cells, more, failures)
     });
     assert!(failures.is_empty(), "{}", failures.join("\n"));
-    let text = render(&columns, &cells);
+    let tables = render("", &columns, &cells) + &render("MPTCP: ", &mptcp, &more);
+    let text = format!("{BEGIN}{tables}\n{END}");
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/packets.md");
     let document = fs::read_to_string(&path).unwrap();
     let (before, rest) = document.split_once(BEGIN).expect("the first marker");
@@ -180,7 +259,7 @@ fn tables_are_current() {
 
 #[test]
 fn every_action_has_a_column() {
-    let columns = columns();
+    let columns: Vec<Column> = columns().into_iter().chain(mptcp_columns()).collect();
     for action in Registry::embedded().unwrap().actions() {
         let name = action.name.as_str();
         let shown = columns.iter().any(|column| column.action == name);

@@ -56,15 +56,21 @@ fn trial(name: &'static str, change: Change, actions: Value) -> Trial {
 
 /// One chain an action and way to use it, and one of several.
 fn trials() -> Vec<Trial> {
-    let strip = |kind: &str| json!({ "action": "strip_option", "kind": kind });
+    let strip = |kind: &str| json!({ "action": "strip_option", "kind": kind, "unsafe": true });
     let insert = |data: &str| json!({ "action": "insert_option", "kind": 253, "data": data });
     let mss = |mode: &str| json!({ "action": "set_mss", "bytes": 1000, "mode": mode });
     let window = json!({ "action": "set_window", "raw": true, "bytes": 60 });
     let bytes = json!({ "action": "set_window", "bytes": 40_000 });
     let max = json!({ "action": "set_window", "bytes": 40_000, "max": true });
-    let remove = |kind: &str| json!([{ "action": "strip_option", "kind": kind, "mode": "remove" }]);
+    let remove = |kind: &str| {
+        json!([{ "action": "strip_option", "kind": kind, "mode": "remove",
+        "unsafe": true }])
+    };
     let again = json!({ "action": "insert_option", "kind": 254, "data": "ab", "again": true });
     let add_addr = json!({ "action": "strip_option", "kind": "mptcp", "subtype": "add_addr" });
+    let subflow =
+        json!({ "action": "add_subflow", "address": "192.0.2.9", "id": 9, "once": false });
+    let hold = json!({ "action": "hold_add_addr" });
     let macs = json!({
         "action": "redirect",
         "device": "lo",
@@ -103,6 +109,30 @@ fn trials() -> Vec<Trial> {
         trial("strip-add-addr", Change::Tcp, json!([add_addr])),
         trial("remove-timestamps", Change::Tcp, remove("timestamps")),
         trial("remove-mptcp", Change::Tcp, remove("mptcp")),
+        trial("hold", Change::Tcp, json!([hold])),
+        trial(
+            "hold-restore",
+            Change::Tcp,
+            json!([hold, { "action": "restore_add_addr" }]),
+        ),
+        trial("add-subflow", Change::Tcp, json!([subflow])),
+        trial(
+            "remove-addr",
+            Change::Tcp,
+            json!([{ "action": "remove_addr", "id": 9, "every": "1us" }]),
+        ),
+        trial(
+            "mp-prio",
+            Change::Tcp,
+            json!([{ "action": "mp_prio", "backup": true, "first": 1000 }]),
+        ),
+        trial(
+            "reset",
+            Change::Reset,
+            json!([{ "action": "reset_subflow" }]),
+        ),
+        trial("record", Change::Nothing, json!([{ "action": "record" }])),
+        trial("report", Change::Nothing, json!([{ "action": "report" }])),
         trial("insert", Change::Tcp, json!([insert("c0ffee01")])),
         trial("insert-again", Change::Tcp, json!([again])),
         trial("redirect-macs", Change::Route, json!([macs])),
@@ -110,7 +140,7 @@ fn trials() -> Vec<Trial> {
         trial("all", Change::Tcp, all),
     ];
     for trial in &mut trials {
-        if trial.name.starts_with("remove-") {
+        if ["remove-timestamps", "remove-mptcp"].contains(&trial.name) {
             trial.hooks = &[Hook::Xdp];
         }
         trial.only_tcp = trial.name == "drop" || trial.change == Change::Route;

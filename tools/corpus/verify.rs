@@ -26,6 +26,8 @@ pub enum Change {
     Nothing,
     /// Window, options and checksum of TCP, with the lengths that follow.
     Tcp,
+    /// The same, and TCP flags.
+    Reset,
     /// MAC addresses and TTL, and a TCP checksum that was left to the device.
     Route,
 }
@@ -164,7 +166,7 @@ impl Facts {
         }
         match change {
             Change::Nothing => {}
-            Change::Tcp => blank(in_ip(length)),
+            Change::Tcp | Change::Reset => blank(in_ip(length)),
             Change::Route => {
                 blank(MACS);
                 blank(in_ip(ttl));
@@ -175,7 +177,10 @@ impl Facts {
             return masked;
         };
         blank(tcp.at + 16..tcp.at + 18);
-        if change == Change::Tcp {
+        if change == Change::Reset {
+            blank(tcp.at + 13..tcp.at + 14);
+        }
+        if change == Change::Tcp || change == Change::Reset {
             blank(tcp.at + 14..tcp.at + 16);
             if let Some(byte) = masked.get_mut(tcp.at + 12) {
                 *byte &= 0x0f;

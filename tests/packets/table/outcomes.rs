@@ -5,6 +5,7 @@ use etherparse::checksum::Sum16BitWords;
 use policy_chain::hook::Family;
 
 use crate::frames::*;
+use crate::mptcp;
 use crate::wire;
 
 pub const NEW_WINDOW: u16 = 9;
@@ -25,7 +26,42 @@ pub enum Change {
     Nop,
     Remove,
     Insert,
-    Send { routed: bool },
+    /// An MPTCP option is added, too.
+    Add(Added),
+    /// The packet becomes a RST.
+    Reset,
+    /// It stays as it is, and something is remembered.
+    Note,
+    Send {
+        routed: bool,
+    },
+}
+
+/// Options that actions add to packets of an established subflow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Added {
+    Prio,
+    Removed,
+    Address,
+    Held,
+}
+
+/// The id of an address that is added or removed.
+pub const ADDRESS_ID: u8 = 5;
+pub const ADDRESS: [u8; 4] = [10, 9, 8, 7];
+/// MP_TCPRST, for an administrative reason (RFC 8684, 3.6).
+const RESET: [u8; 4] = [MPTCP, 4, 0x80, 3];
+
+impl Added {
+    /// The option, in a segment of the client.
+    pub fn option(self) -> Vec<u8> {
+        match self {
+            Added::Prio => vec![MPTCP, 3, 0x51],
+            Added::Removed => vec![MPTCP, 4, 0x40, ADDRESS_ID],
+            Added::Address => mptcp::add_addr_of_client(ADDRESS_ID, ADDRESS.into()),
+            Added::Held => mptcp::announcement(ADDRESS_ID, 16),
+        }
+    }
 }
 
 pub fn transport_offset(frame: &Frame) -> usize {
@@ -126,7 +162,10 @@ impl Change {
             Change::Mss => Change::mss(before),
             Change::Nop => Change::nop(before),
             Change::Remove => Change::remove(before),
-            Change::Insert => Change::insert(before),
+            Change::Insert => Change::insert(before, &INSERTED),
+            Change::Add(added) => Change::insert(before, &added.option()),
+            Change::Reset => Change::reset(before),
+            Change::Note => vec![("noted", before.clone())],
             Change::Send { routed } => return Change::send(before, routed, family),
         };
         let shifted = outcomes.into_iter().map(|(word, after)| {
@@ -173,14 +212,32 @@ impl Change {
         vec![("shrunk", after), ("shrunk", cleared)]
     }
 
-    fn insert(before: &Frame) -> Vec<(&'static str, Frame)> {
+    fn reset(before: &Frame) -> Vec<(&'static str, Frame)> {
+        let mut rest = before.clone();
+        let mut options = walk(&before.options).unwrap_or_default();
+        options.retain(|option| option[0] != MPTCP);
+        rest.options = options.concat();
+        let missing = before.options.len().saturating_sub(rest.options.len());
+        rest.options.resize(rest.options.len() + missing, NOP);
+        let results = Change::insert(&rest, &RESET).into_iter();
+        let flags = (before.flags | RST) & !(FIN | SYN | PSH);
+        let results = results.map(|(word, after)| {
+            let word = if word == "grown" { word } else { "done" };
+            let mut whole = with_options(before, after.options);
+            whole.flags = flags;
+            (word, whole)
+        });
+        results.collect()
+    }
+
+    fn insert(before: &Frame, option: &[u8]) -> Vec<(&'static str, Frame)> {
         let Some(options) = walk(&before.options) else {
             return vec![];
         };
         let squeezed = options.iter().copied().filter(|it| *it != [NOP]).collect();
         let ways = [without_nops_at_end(options), squeezed];
         let results = ways.into_iter().map(|mut options| {
-            options.push(&INSERTED);
+            options.push(option);
             joined(&options, before.options.len())
         });
         let results = results

@@ -87,20 +87,25 @@ impl Packet {
 pub struct Base {
     subject: Vec<u8>,
     flags: u16,
-    insert: bool,
+    /// What is not inserted again.
+    present: Vec<u8>,
 }
 
 impl Base {
     pub fn of(change: Change) -> Base {
         let subject = match change {
             Change::Mss => vec![2, 4, 5, 0xb4],
-            Change::Nop | Change::Remove => vec![MPTCP, 4, 0x30, 1],
+            Change::Nop | Change::Remove | Change::Reset | Change::Note => vec![MPTCP, 4, 0x30, 1],
             _ => vec![],
         };
         Base {
             subject,
             flags: if change == Change::Mss { SYN } else { ACK },
-            insert: change == Change::Insert,
+            present: match change {
+                Change::Insert => INSERTED.to_vec(),
+                Change::Add(added) => words(&[&added.option()]),
+                _ => vec![],
+            },
         }
     }
 
@@ -189,13 +194,13 @@ fn segment_rows(base: &Base) -> Vec<Row> {
         let rest = 32 - base.subject.len();
         base.with(&[&[NOP; 4], &option(OTHER, rest as u8, 0), &[NOP; 4]])
     };
-    let absent = match base.insert {
-        true => INSERTED.to_vec(),
-        false if base.flags == SYN => vec![2, 4, 2, 0],
-        false => vec![],
+    let absent = match base.flags {
+        SYN => vec![2, 4, 2, 0],
+        _ => base.present.clone(),
     };
     let low = [v4(), v6()].map(|frame| frame.flags(base.flags).options(&absent).window(8));
-    let behind_end = [&[0, 0, 0, 0][..], &base.subject].concat();
+    let mut behind_end = [&[0, 0, 0, 0][..], &base.subject].concat();
+    behind_end.resize(16, 0);
     vec![
         row("ACK without payload", frames(ACK, subject(), b"")),
         row(
@@ -219,12 +224,8 @@ fn segment_rows(base: &Base) -> Vec<Row> {
         ),
         row("SYN", frames(SYN, subject(), b"")),
         row("SYN with ACK", frames(SYN | ACK, subject(), b"")),
-        row(
-            "FIN, RST",
-            frames(FIN | ACK, subject(), b"")
-                .into_iter()
-                .chain(frames(RST, subject(), b"")),
-        ),
+        row("FIN", frames(FIN | ACK, subject(), b"")),
+        row("RST", frames(RST, subject(), b"")),
         row(
             "option behind EOL",
             frames(base.flags, behind_end.clone(), b"")
@@ -349,7 +350,8 @@ fn checksum_rows(base: &Base) -> Vec<Row> {
                 .into_iter()
                 .chain(tagged)
                 .chain([extended])
-                .map(seed),
+                // veth leaves the shortest frames no room to grow in
+                .map(|frame| seed(frame.options(&base.tight()))),
         )
         .at(ON_WIRE),
         row(

@@ -14,11 +14,12 @@ use policy_chain::replay::{Runner, Verdict};
 use policy_chain::spec::{Mode, Spec};
 use serde_json::{Value, json};
 
-use super::Column;
-use super::outcomes::{Change, SCALE};
+use super::outcomes::{Added, Change, SCALE};
 use super::rows::{Base, Packet, Row, tables};
+use super::{Column, Learns};
 use crate::bench::file;
 use crate::frames::*;
+use crate::mptcp;
 use crate::wire::{self, Arrived, MARKERS, Note, Passage, Wire};
 
 /// Where a packet meets the action.
@@ -169,11 +170,22 @@ impl<'a> Loaded<'a> {
 
     /// Has the learners see how the packet's connection began, in a test run.
     fn shake_hands(&mut self, packet: &Packet) {
-        if !self.column.learns || !packet.handshake_seen {
+        if !packet.handshake_seen {
             return;
         }
+        match self.column.learns {
+            Learns::Nothing => {}
+            Learns::Scale => self.offer_to_scale(&packet.frame),
+            Learns::Mptcp => {
+                for frame in mptcp::established(&packet.frame) {
+                    self.runner.run(&frame.build()).unwrap();
+                }
+            }
+        }
+    }
+
+    fn offer_to_scale(&mut self, frame: &Frame) {
         self.handshakes += 1;
-        let frame = &packet.frame;
         let syn = if frame.src.is_ipv4() { v4() } else { v6() }
             .between(frame.src, frame.dst)
             .ports(frame.src_port, frame.dst_port)
@@ -182,6 +194,14 @@ impl<'a> Loaded<'a> {
         for frame in [syn.clone().flags(SYN), syn.back().flags(SYN | ACK)] {
             let outcome = self.runner.run(&frame.build()).unwrap();
             assert!(outcome.reasons.contains(&"syn"), "{:?}", outcome.reasons);
+        }
+    }
+
+    /// Holds an address for both ends of the packet's connection, if the action gives one back.
+    fn hold(&self, packet: &Packet) {
+        if self.column.change == Change::Add(Added::Held) && packet.handshake_seen {
+            let held = &self.runner.generation().state["pcd_held"];
+            mptcp::hold(held, &packet.frame, &Added::Held.option());
         }
     }
 
@@ -201,6 +221,7 @@ impl<'a> Loaded<'a> {
 
     fn test_run(&mut self, packet: &Packet) -> Got {
         self.shake_hands(packet);
+        self.hold(packet);
         let outcome = self.runner.run(&packet.bytes_of(&packet.frame)).unwrap();
         assert_eq!(outcome.carrier, "test_run", "{}", outcome.frame.len());
         Got {
@@ -213,7 +234,7 @@ impl<'a> Loaded<'a> {
     fn on_wire(&mut self, wire: &mut Wire, at: At, packet: &Packet) -> Got {
         self.shake_hands(packet);
         let (bytes, note) = (packet.bytes_of(&packet.frame), packet.note());
-        let (passage, counts) = self.counted(wire, at, &bytes, &note);
+        let (passage, counts) = self.counted(wire, at, packet, &note);
         let names = counts.reasons.iter();
         let reasons: Vec<&str> = names
             .flat_map(|(name, count)| vec![*name; *count as usize])
@@ -242,9 +263,13 @@ impl<'a> Loaded<'a> {
     }
 
     /// Sends a packet, and tells what only that added to the counters.
-    fn counted(&self, wire: &mut Wire, at: At, bytes: &[u8], note: &Note) -> (Passage, Counts) {
+    fn counted(&self, wire: &mut Wire, at: At, packet: &Packet, note: &Note) -> (Passage, Counts) {
         let (_, from) = at.device();
-        let (passage, counts) = self.undisturbed(1, || wire.pass(from, bytes, note));
+        let bytes = packet.bytes_of(&packet.frame);
+        let (passage, counts) = self.undisturbed(1, || {
+            self.hold(packet);
+            wire.pass(from, &bytes, note)
+        });
         (passage, counts.since(&self.markers))
     }
 
@@ -279,10 +304,16 @@ impl<'a> Loaded<'a> {
             true => Verdict::Redirect,
             false => Verdict::Pass,
         };
+        let unchanged = expected(&packet.frame);
+        if self.column.may_drop && got.verdict == Some(Verdict::Drop) && got.reasons.is_empty() {
+            return match got.frames == unchanged {
+                true => Ok("dropped".to_owned()),
+                false => Err("dropped, and changed".to_owned()),
+            };
+        }
         if got.verdict.is_some_and(|it| it != verdict) {
             return Err(format!("verdict {:?}", got.verdict));
         }
-        let unchanged = expected(&packet.frame);
         if let [reason] = got.reasons[..] {
             return match got.frames == unchanged {
                 true => Ok(format!("`{reason}`")),
@@ -294,13 +325,14 @@ impl<'a> Loaded<'a> {
             At::Run(hook) => hook.family(),
             _ => Family::Tc,
         };
+        let notes = self.column.change == Change::Note;
         let outcomes = self.column.change.outcomes(&packet.frame, family);
         let mut fitting = outcomes
             .iter()
             .filter(|(_, frame)| got.frames == expected(frame));
         match fitting.next() {
             _ if !got.reasons.is_empty() => Err(format!("reasons {:?}", got.reasons)),
-            Some((_, frame)) if !sends && expected(frame) == unchanged => {
+            Some((_, frame)) if !sends && !notes && expected(frame) == unchanged => {
                 Err("done, and nothing to see of it".to_owned())
             }
             Some((word, _)) => Ok((*word).to_owned()),
