@@ -154,6 +154,7 @@ fn mptcp_columns() -> Vec<Column> {
         ),
         column("reset_subflow", json!({}), Change::Reset),
         column("record", json!({}), Change::Note),
+        column("learn", json!({ "set": "seen" }), Change::Note),
         column("report", json!({}), Change::Note),
     ]
 }

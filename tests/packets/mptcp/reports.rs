@@ -81,7 +81,7 @@ fn known(bench: &Bench, client: &Frame) -> Option<Known> {
         ends.reverse();
     }
     let [client, server] = ends;
-    let initiator = words_of(&bytes[4..8]);
+    let initiator = bytes[4];
     Some(Known {
         flags: words_of(&bytes[..4]) as u32,
         initiator_is_client: (initiator < 2).then_some((initiator == 1) == swapped),
