@@ -320,7 +320,9 @@ impl Tally {
         for policy in registry.selectors() {
             let done = self.selectors.get(&policy.name);
             let done = done.unwrap_or_else(|| panic!("{hook}: no {}", policy.name));
-            least(done.yes, 0.002, &format!("{} matched", policy.name));
+            let rare = policy.name == "mptcp_connection";
+            let share = if rare { 0.0005 } else { 0.002 };
+            least(done.yes, share, &format!("{} matched", policy.name));
             least(done.no, 0.002, &format!("{} missed", policy.name));
         }
         for policy in registry.actions() {

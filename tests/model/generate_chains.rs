@@ -614,8 +614,8 @@ fn on_subflows(carries: Carries) -> BoxedStrategy<Value> {
         2 => reset,
         3 => restore,
         2 => Just(json!({ "action": "hold_add_addr" })),
-        1 => Just(json!({ "action": "record" })),
-        1 => Just(json!({ "action": "report" })),
+        2 => Just(json!({ "action": "record" })),
+        2 => Just(json!({ "action": "report" })),
     ]
     .boxed()
 }
