@@ -16,6 +16,8 @@ mod options;
 mod packet;
 mod rows;
 mod search;
+mod signals;
+mod subflows;
 mod sums;
 mod world;
 
