@@ -283,7 +283,7 @@ impl Testbed {
     /// The namespace of a host.
     ///
     /// # Errors
-    /// [`Refused`] (state) for the router of a testbed without one.
+    /// [`Refused`] (state) for the router or relay of a testbed without one.
     pub fn namespace(&self, role: Role) -> Result<&Namespace> {
         self.namespaces
             .iter()
@@ -291,12 +291,16 @@ impl Testbed {
             .map(|(_, namespace)| namespace)
             .ok_or_else(|| {
                 let name = self.name();
+                let option = match role {
+                    Role::Relay => "--delay MS".to_owned(),
+                    _ => format!("--{role}"),
+                };
                 Refused::state(
                     format!("testbed {name} has no {role}"),
                     "it was made without one",
                     format!(
                         "make it anew: policy-chain testbed down {name}, then \
-                         policy-chain testbed up {name} --{role}"
+                         policy-chain testbed up {name} {option}"
                     ),
                 )
                 .into()

@@ -3,12 +3,17 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::OwnedFd;
+
+use std::time::Instant;
+use std::{process, thread};
 
 use super::configure::per_path;
 use super::describe::describe;
 use super::scoped::{SCOPED, remove_stale};
 use super::*;
 use crate::error::{EXIT_FAILED, EXIT_INVALID, exit_code};
+use crate::packet_socket;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -304,4 +309,144 @@ fn description_as_table_and_json() {
         description.to_json()["paths"][7]["router"]["client"]["device"],
         "client8"
     );
+}
+
+#[test]
+fn one_value_is_for_all_paths() {
+    let taken = |values: &[u32]| per_path(values).take(3).collect::<Vec<_>>();
+    assert!(taken(&[]).is_empty());
+    assert_eq!(taken(&[7]), [7, 7, 7]);
+    assert_eq!(taken(&[1, 2, 3]), [1, 2, 3]);
+}
+
+fn delayed(milliseconds: &[u64]) -> ScopedTestbed {
+    let delay = milliseconds.iter().copied().map(Duration::from_millis);
+    let delay: Vec<Duration> = delay.collect();
+    let paths = delay.len() as u8;
+    ScopedTestbed::up(&Options {
+        delay,
+        ..options(paths, false)
+    })
+    .unwrap()
+}
+
+#[test]
+fn every_address_pair_through_a_relay() {
+    every_address_pair(Options {
+        delay: vec![Duration::from_millis(1)],
+        ..options(2, false)
+    });
+}
+
+/// A socket for whole frames of a host's first path.
+fn frames_of(testbed: &Testbed, role: Role) -> OwnedFd {
+    let path = testbed.path(1).unwrap();
+    let end = if role == Role::Client {
+        &path.client
+    } else {
+        &path.server
+    };
+    let open = || {
+        let socket = packet_socket::open().unwrap();
+        for option in [libc::PACKET_AUXDATA, libc::PACKET_IGNORE_OUTGOING] {
+            packet_socket::set_option(&socket, libc::SOL_PACKET, option, 1).unwrap();
+        }
+        packet_socket::bind(&socket, end.ifindex, libc::ETH_P_ALL as u16).unwrap();
+        socket
+    };
+    testbed.namespace(role).unwrap().enter(open).unwrap()
+}
+
+/// Frames of any length, kind and tag, and to anybody.
+#[test]
+fn the_relay_changes_no_frame() {
+    let testbed = delayed(&[2]);
+    let ends = [Role::Client, Role::Server].map(|role| frames_of(&testbed, role));
+    let addresses = [2, 0, 0, 0, 0, 0xee, 2, 0, 0, 0, 0, 0xef];
+    let frame = |types: &[u8], length: usize| {
+        let mut frame = [&addresses[..], types].concat();
+        frame.resize(length, length as u8);
+        frame
+    };
+    let frames = [
+        frame(&[0x88, 0xb5], 14),
+        frame(&[0x88, 0xb5], 60),
+        frame(&[0x88, 0xb5], 1514),
+        frame(&[0x81, 0x00, 0x60, 7, 0x88, 0xb5], 64),
+        frame(&[0x81, 0x00, 0, 7, 0x81, 0x00, 0, 9, 0x88, 0xb5], 1000),
+        frame(&[0x88, 0xa8, 0, 7, 0x81, 0x00, 0, 9, 0x88, 0xb5], 1000),
+        frame(&[0x00, 0x2e], 60),
+    ];
+    for (from, to) in [(&ends[0], &ends[1]), (&ends[1], &ends[0])] {
+        for frame in &frames {
+            nix::unistd::write(from, frame).unwrap();
+        }
+        let limit = Instant::now() + TIMEOUT;
+        let mut buffer = vec![0; 4096];
+        for frame in &frames {
+            let seen = loop {
+                assert!(Instant::now() < limit, "{frame:02x?}");
+                match packet_socket::receive(to, &mut buffer).unwrap() {
+                    Some(seen) if seen.bytes.starts_with(&addresses) => break seen.bytes,
+                    Some(_) => {}
+                    None => thread::sleep(Duration::from_millis(1)),
+                }
+            };
+            assert_eq!(&seen, frame);
+        }
+    }
+}
+
+#[test]
+fn delays_are_held_and_change() {
+    let testbed = delayed(&[30, 10]);
+    let round_trip = |path: u8| {
+        let path = testbed.path(path).unwrap();
+        let socket =
+            |role, end: &Interface| udp_socket(testbed.namespace(role).unwrap(), end.ipv4.into());
+        let client = socket(Role::Client, &path.client);
+        let server = socket(Role::Server, &path.server);
+        let measure = || {
+            let start = Instant::now();
+            echo(&client, &server);
+            start.elapsed()
+        };
+        (0..10).map(|_| measure()).min().unwrap().as_millis()
+    };
+    assert!((30..33).contains(&round_trip(1)));
+    assert!((10..13).contains(&round_trip(2)));
+    testbed.set_delay(1, Duration::ZERO).unwrap();
+    thread::sleep(Duration::from_millis(100));
+    assert!((0..3).contains(&round_trip(1)));
+    assert!((10..13).contains(&round_trip(2)));
+    let error = testbed.set_delay(3, Duration::ZERO).unwrap_err();
+    assert_eq!(exit_code(&error), EXIT_INVALID);
+}
+
+#[test]
+fn a_relay_in_table_and_json() {
+    let description = describe("demo", 8, false, true);
+    let table = description.to_string();
+    assert!(table.lines().all(|line| line.len() <= 100), "{table}");
+    let row = "8     relay   server8  608    -              -                    02:70:63:00:06:08";
+    assert!(table.contains(row), "{table}");
+    let json = description.to_json();
+    assert_eq!(json["namespaces"]["relay"], "pc-demo-relay");
+    assert_eq!(json["paths"][0]["client"]["ipv4"], "10.0.1.1");
+    let port = &json["paths"][7]["relay"]["client"];
+    assert_eq!(port["mac"], "02:70:63:00:05:08");
+    assert_eq!(port.get("ipv4"), None);
+}
+
+#[test]
+fn a_relayed_testbed_is_opened_and_leaves_no_file() {
+    let made = delayed(&[1, 2]);
+    let file = format!("/run/policy-chain/{}.delays", made.name());
+    assert_eq!(fs::read(&file).unwrap().len(), 16);
+    let opened = Testbed::open(made.name()).unwrap();
+    assert_eq!(opened.describe(), made.describe());
+    drop(made);
+    assert!(!Path::new(&file).exists());
+    let error = opened.set_delay(1, Duration::ZERO).unwrap_err();
+    assert_eq!(exit_code(&error), EXIT_FAILED);
 }

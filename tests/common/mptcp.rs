@@ -155,7 +155,7 @@ fn address(text: &str) -> Option<(SocketAddr, Option<String>)> {
     ))
 }
 
-/// What arrived is not what was sent.
+/// What arrived is not what was sent: other bytes, or not all of them.
 #[derive(Debug)]
 pub struct Differs(String);
 
@@ -166,8 +166,8 @@ impl fmt::Display for Differs {
 }
 
 /// Does something that compares bytes, and again if they differ: without any BPF program, kernels
-/// have been seen to deliver wrong bytes in one of a thousand connections of two subflows. Make a
-/// new connection each time.
+/// have been seen to deliver wrong bytes, and to stop delivering, in one of a thousand connections
+/// of two subflows. Make a new connection each time.
 #[track_caller]
 pub fn exact<T>(mut attempt: impl FnMut() -> Result<T, Differs>) -> T {
     for number in 1.. {
@@ -423,7 +423,7 @@ fn send(from: &TcpStream, mut to: &TcpStream, length: usize) -> Result<f64, Diff
     let content = Noise::new(length as u64).bytes(length);
     let mut seen: Vec<u8> = Vec::with_capacity(length);
     let start = Instant::now();
-    thread::scope(|scope| {
+    let complete = thread::scope(|scope| {
         // `&TcpStream` reads and writes.
         let mut end = from;
         let content = &content;
@@ -437,14 +437,18 @@ fn send(from: &TcpStream, mut to: &TcpStream, length: usize) -> Result<f64, Diff
                 stalled => {
                     // Lets go of the writer.
                     let _ = from.shutdown(Shutdown::Both);
+                    let _ = writer.join();
                     let seen = seen.len();
-                    panic!("transfer: {seen} of {length} bytes in {TIMEOUT:?}: {stalled:?}");
+                    let what = format!("transfer: {seen} of {length} bytes: {stalled:?}");
+                    return Err(Differs(what));
                 }
             }
         }
         writer.join().unwrap().unwrap();
+        Ok(())
     });
     let seconds = start.elapsed().as_secs_f64();
+    complete?;
     compare(&content, &seen, "transfer")?;
     Ok(length as f64 * 8.0 / 1e6 / seconds)
 }
