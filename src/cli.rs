@@ -4,6 +4,8 @@
 use std::ffi::OsString;
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -14,9 +16,9 @@ use policy_chain::engine::generation::CarrierChoice;
 use policy_chain::engine::sets::{self, NamedSet};
 use policy_chain::engine::store::{DEFAULT_FOLDER, Store};
 use policy_chain::engine::view;
-use policy_chain::error::{EXIT_DONE, EXIT_FAILED, Invalid};
+use policy_chain::error::{EXIT_DONE, EXIT_FAILED, Invalid, Refused};
 use policy_chain::hook::Hook;
-use policy_chain::monitor::connections;
+use policy_chain::monitor::{self, Message, connections};
 use policy_chain::policy::{self, Registry};
 use policy_chain::replay::{self, Runner};
 use policy_chain::spec::{self, Chain, Spec, json};
@@ -32,6 +34,7 @@ Examples:
   policy-chain apply web.json             make it run
   policy-chain list                       what runs, and how many packets it took
   policy-chain show web                   what each of its nodes did
+  policy-chain events                     what chains report of Multipath TCP, as it happens
   policy-chain delete web                 take it away";
 
 /// Compose packet policies into chains that the kernel runs, on XDP and TC.
@@ -128,6 +131,12 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Follow what chains with the action `report` tell of Multipath TCP
+    ///
+    /// One line an event, of what passes from now on, until interrupted. Any number may follow at
+    /// once; who cannot keep up is told how many events are missing. Times are UTC. With --json,
+    /// one object a line.
+    Events(Events),
     /// List the policies, or describe one
     Policies {
         /// Name of a policy
@@ -181,6 +190,21 @@ impl From<CarrierArgument> for CarrierChoice {
             CarrierArgument::Percpu => CarrierChoice::PerCpu,
         }
     }
+}
+
+#[derive(Args)]
+struct Events {
+    /// End after so many events
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+    /// End after a time such as 500ms, 30s, 5m; with --count that is a failure
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    timeout: Option<Duration>,
+    /// Begin although no chain reports yet
+    #[arg(long)]
+    wait: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 #[derive(Args)]
@@ -333,14 +357,10 @@ struct Output {
     json: bool,
 }
 
+/// How soon a command that waits sees that it is interrupted.
+const GLANCE: Duration = Duration::from_millis(100);
 /// How long a command works without a word.
 const PATIENCE: Duration = Duration::from_secs(1);
-
-fn parse_time(text: &str) -> Result<Duration, String> {
-    policy::parse_duration(text)
-        .map(Duration::from_nanos)
-        .ok_or_else(|| "expected a number and a unit: 200ms, 5s, 1m".to_owned())
-}
 
 fn parse_hook(text: &str) -> Result<Hook, String> {
     text.parse().map_err(|()| {
@@ -356,6 +376,11 @@ fn parse_milliseconds(text: &str) -> Result<Duration, String> {
     number
         .and_then(|number| Duration::try_from_secs_f64(number / 1e3).ok())
         .ok_or_else(|| "expected milliseconds, such as 20 or 0.5".to_owned())
+}
+
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let time = policy::parse_duration(text).map(Duration::from_nanos);
+    time.ok_or_else(|| "expected a whole number and h, m, s, ms, us or ns".to_owned())
 }
 
 /// Runs a command; the result is its exit code.
@@ -386,6 +411,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         }
         Command::Set { command } => set(folder, command),
         Command::Connections { all, over, output } => connections(folder, all, over, &output),
+        Command::Events(arguments) => events(folder, &arguments),
         Command::Policies { name, output } => policies(name.as_deref(), &output),
         Command::Schema => print_json(&spec::schema(Registry::embedded()?)),
         Command::Replay(arguments) => replay(&arguments),
@@ -582,6 +608,45 @@ fn list_set(folder: &Path, set: Option<&str>, output: &Output) -> Result<u8> {
     }
     let lines = items.iter().map(|item| sets::compact(item) + "\n");
     print(&lines.collect::<String>())
+}
+
+fn events(folder: &Path, arguments: &Events) -> Result<u8> {
+    if !arguments.wait && monitor::ring::find(folder)?.is_none() {
+        return Err(Refused::state(
+            "there are no events",
+            "no chain of this network namespace has the action `report`",
+            "apply a chain with the action `report`, or wait for one: --wait",
+        )
+        .into());
+    }
+    let start = Instant::now();
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&interrupted);
+    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("handle interrupts")?;
+    let mut subscription = monitor::Events::subscribe(folder)?;
+    let mut missing = arguments.count;
+    while missing != Some(0) && !interrupted.load(Ordering::Relaxed) {
+        let left = match arguments.timeout {
+            Some(timeout) => timeout.saturating_sub(start.elapsed()),
+            None => Duration::MAX,
+        };
+        if left.is_zero() {
+            return Ok(missing.map_or(EXIT_DONE, |_| EXIT_FAILED));
+        }
+        let Some(event) = subscription.receive(Some(left.min(GLANCE)))? else {
+            continue;
+        };
+        let message = Message::from_json(&event);
+        match &message {
+            Ok(message) if !arguments.output.json => print(&format!("{message}\n"))?,
+            // Also what a later version reports.
+            _ => print(&format!("{event}\n"))?,
+        };
+        if !matches!(message, Ok(Message::Lost(_))) {
+            missing = missing.map(|missing| missing - 1);
+        }
+    }
+    Ok(EXIT_DONE)
 }
 
 fn policies(name: Option<&str>, output: &Output) -> Result<u8> {

@@ -13,6 +13,7 @@
 //! | [`plan`] | chains of one hook to a graph of nodes; the longest path |
 //! | [`engine`] | loading, attaching, bpffs, sets, counters |
 //! | [`agent`] | a process beside the chains: attaches them to devices that come |
+//! | [`monitor`] | what chains learnt of connections, and report of Multipath TCP as events |
 //! | [`replay`] | captured packets through the real programs |
 //! | [`testbed`], [`netns`] | networks of namespaces to try chains on |
 //! | [`hook`], [`error`] | the three hooks; errors by exit code |

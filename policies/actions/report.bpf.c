@@ -75,6 +75,7 @@ static __always_inline enum reason report_fill(hook_ctx *ctx, const struct mptcp
 	report->tcp_flags = segment->flags;
 	report->ingress = !!(node.flags & NODE_INGRESS);
 	report->options_length = length;
+	report->pad = 0;
 	__builtin_memset(report->options, 0, sizeof(report->options));
 	if (length) {
 		length = bounded(length - 1, sizeof(report->options) - 1) + 1;
@@ -99,7 +100,7 @@ ACTION(report,
 		return SKIP(REASON_NOT_REPORTED);
 	report = bpf_ringbuf_reserve(&pcn_events, sizeof(*report), 0);
 	if (!report)
-		return SKIP(REASON_NOT_REPORTED);
+		return SKIP(REASON_EVENT_LOST);
 	reason = report_fill(ctx, &mptcp, report);
 	if (reason)
 		bpf_ringbuf_discard(report, 0);

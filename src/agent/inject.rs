@@ -7,7 +7,8 @@
 //! pass, as if the device had received them (`BPF_F_TEST_XDP_LIVE_FRAMES`). Frames that go out
 //! are sent from the device.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ use crate::engine::bpf::{bytes_of, value_of};
 use crate::engine::store::{Attachment, Store};
 use crate::engine::sys;
 use crate::hook::Hook;
-use crate::monitor::connections::SUBFLOWS;
+use crate::monitor::connections::{self, SUBFLOWS};
 use crate::netns;
 use crate::spec::Mode;
 
@@ -50,6 +51,8 @@ struct Woken {
 pub struct Injector {
     folder: PathBuf,
     woken: HashMap<(u64, u32, Hook, u64, Vec<u8>), Woken>,
+    /// Flows to wake in any case, by both ends.
+    asked: HashSet<[SocketAddr; 2]>,
     /// Lets every frame pass; loaded when it is needed.
     pass: Option<OwnedFd>,
     /// What went wrong at the last look, to be said once.
@@ -75,9 +78,29 @@ impl Injector {
         Injector {
             folder: folder.to_owned(),
             woken: HashMap::new(),
+            asked: HashSet::new(),
             pass: None,
             failed: None,
         }
+    }
+
+    /// Wakes these flows if they are idle, in whichever direction a chain here waits for a packet:
+    /// for who has changed what chains do to them, by a set. The order of the ends does not matter.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn wake(
+        &mut self,
+        store: &Store,
+        flows: impl IntoIterator<Item = [SocketAddr; 2]>,
+    ) -> Result<usize> {
+        self.asked = flows
+            .into_iter()
+            .flat_map(|[a, b]| [[a, b], [b, a]])
+            .collect();
+        let sent = self.look(store);
+        self.asked.clear();
+        sent
     }
 
     /// Looks at the chains of the current network namespace once. Returns how many frames were
@@ -132,7 +155,8 @@ impl Injector {
                 }
                 None => false,
             };
-            if self.is_due(attachment, key, waits) {
+            let asked = self.asked.contains(&connections::ends(&name.flow));
+            if asked || self.is_due(attachment, key, waits) {
                 self.send(attachment, &ack)?;
                 sent += 1;
             }

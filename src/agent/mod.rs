@@ -7,6 +7,8 @@
 //! | Duty | Does |
 //! |---|---|
 //! | [`attach`] | attaches chains to devices that come, told of them by [`devices`] |
+//! | [`events`] | reads what chains report, and gives it to everyone who follows |
+//! | [`expire`] | removes elements of sets whose time is over |
 //! | [`inject`] | wakes idle subflows that a chain waits for a packet of |
 //!
 //! A duty that fails says so on standard error and tries again later; the agent goes on. What it
@@ -15,6 +17,8 @@
 
 pub mod attach;
 pub mod devices;
+pub mod events;
+pub mod expire;
 pub mod inject;
 
 use std::fs;
@@ -57,6 +61,8 @@ fn duties(folder: &Path) -> Vec<Box<dyn Duty>> {
     vec![
         Box::new(attach::Attaching::new(folder)),
         Box::new(inject::Injector::new(folder)),
+        Box::new(expire::Expiry::new(folder)),
+        Box::new(events::FanOut::new(folder)),
     ]
 }
 
@@ -262,7 +268,12 @@ mod tests {
         assert!(error.downcast_ref::<Refused>().is_some(), "{error}");
         claim(&folder.join("other")).unwrap();
         drop(first);
-        claim(&folder).unwrap();
+        // A child that another test starts has the socket too, until it is another program.
+        let limit = Instant::now() + Duration::from_secs(10);
+        while claim(&folder).is_err() {
+            assert!(Instant::now() < limit, "the name stays");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let long = Path::new("/").join("x".repeat(100));
         assert!(claim(&long).unwrap_err().to_string().contains("too long"));
     }

@@ -95,7 +95,7 @@ struct node_stats {
 struct element {
 	__u64 argument;
 	__u32 flags;		/* enum element_flags */
-	__u32 pad;
+	__u32 expires;		/* second of CLOCK_MONOTONIC at which it counts no more; 0: never */
 };
 
 enum element_flags {

@@ -61,12 +61,19 @@ static __always_inline bool uses_set(void)
 	return node.flags & NODE_SET;
 }
 
-/* Looks the key up; where it is there, `found` has its element. */
+#define NANOSECONDS 1000000000ULL
+
+static __always_inline __u32 seconds_now(void)
+{
+	return bpf_ktime_get_ns() / NANOSECONDS;
+}
+
+/* Looks the key up; where it is there and has not expired, `found` has its element. */
 static __always_inline bool set_match(void *set, const void *key, struct found *found)
 {
 	struct element *element = bpf_map_lookup_elem(set, key);
 
-	if (!element)
+	if (!element || (element->expires && element->expires <= seconds_now()))
 		return false;
 	found->element = *element;
 	return true;

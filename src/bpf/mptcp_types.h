@@ -112,4 +112,5 @@ struct report {
 	__u8 ingress;		/* the packet came in */
 	__u8 options_length;
 	__u8 options[64];	/* all TCP options, as they stand; so long for the verifier's sake */
+	__u32 pad;
 };

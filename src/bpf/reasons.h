@@ -51,6 +51,8 @@ enum reason {
 	REASON_UNSAFE,		/* it would break the connection, and the chain does not insist */
 	REASON_NO_KEYS,		/* the handshake with the connection's keys was not seen */
 	REASON_NOT_HELD,	/* no option of the subflow is held, or not for long enough */
-	REASON_NOT_REPORTED,	/* nothing to report, or the ring buffer is full */
+	REASON_NOT_REPORTED,	/* nothing to report */
+	REASON_EVENT_LOST,	/* nobody has read the last ones yet: the ring buffer is full */
+	REASON_SET_FULL,
 	REASON_COUNT,
 };

@@ -17,6 +17,9 @@ pub(super) mod tc {
     include!(concat!(env!("OUT_DIR"), "/entry_tc.skel.rs"));
 }
 
+use std::mem::offset_of;
+use std::net::{IpAddr, Ipv6Addr};
+
 pub use xdp::types;
 
 use types::{
@@ -72,4 +75,20 @@ pub fn value_of<T: plain::Plain + Default>(bytes: &[u8]) -> Option<T> {
 pub fn bytes_of<T: plain::Plain>(value: &T) -> &[u8] {
     // SAFETY: what is marked plain here has no padding, so every byte is initialised.
     unsafe { plain::as_bytes(value) }
+}
+
+/// A report out of a record of the ring buffer; `None` if the record is too short for one.
+pub(crate) fn report_of(record: &[u8]) -> Option<report> {
+    let mut found = report::default();
+    plain::copy_from_bytes(&mut found, record).ok()?;
+    Some(found)
+}
+
+/// Source and destination of a reported segment; IPv4 as such.
+pub(crate) fn report_addresses(report: &report) -> [IpAddr; 2] {
+    [offset_of!(report, source), offset_of!(report, destination)].map(|offset| {
+        let mut address = [0; 16];
+        address.copy_from_slice(&bytes_of(report)[offset..][..16]);
+        Ipv6Addr::from(address).to_canonical()
+    })
 }

@@ -5,8 +5,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use libbpf_rs::{MapType, ObjectBuilder};
+use nix::time::{ClockId, clock_gettime};
 use serde_json::{Map, Value};
 
 use super::bpf::types::{element, element_flags};
@@ -17,13 +20,17 @@ use super::store::Store;
 use super::sys;
 use crate::error::{Invalid, Refused, did_you_mean};
 use crate::hook::Family;
-use crate::policy::{Layout, Names, Registry, ReverseNames};
+use crate::policy::{Layout, Names, Registry, ReverseNames, parse_duration};
 use crate::spec::json;
 
 /// Members of an element that are not of its key.
 pub const ARGUMENT: &str = "arg";
 /// As [`ARGUMENT`], for a chain's name.
 pub const CHAIN: &str = "chain";
+/// As [`ARGUMENT`], for how long the element is to stay: a duration.
+pub const EXPIRE: &str = "expire";
+
+const SECOND: u64 = 1_000_000_000;
 
 /// What the maps of a kind of set look like.
 struct Shape {
@@ -91,7 +98,7 @@ impl Packed {
         path: &str,
         names: &dyn Names,
     ) -> Result<(), Invalid> {
-        let key = layout.pack(item, path, &[ARGUMENT, CHAIN], names, false)?;
+        let key = layout.pack(item, path, &[ARGUMENT, CHAIN, EXPIRE], names, false)?;
         self.keys.extend_from_slice(&key.bytes);
         let value = value_of(item, path, names)?;
         self.values.extend_from_slice(bytes_of(&value));
@@ -112,6 +119,16 @@ fn value_of(item: &Map<String, Value>, path: &str, names: &dyn Names) -> Result<
             )
         })?;
         value.flags = element_flags::ELEMENT_ARGUMENT.0;
+    }
+    if let Some(expire) = item.get(EXPIRE) {
+        const EXPECTED: &str = "a duration of at least \"1s\" (units s m h)";
+        let path = format!("{path}.{EXPIRE}");
+        let span = expire.as_str().and_then(parse_duration);
+        let seconds = span
+            .map(|span| span / SECOND)
+            .filter(|seconds| *seconds > 0);
+        let at = seconds.and_then(|seconds| u32::try_from(seconds_now() + seconds).ok());
+        value.expires = at.ok_or_else(|| Invalid::new(path, expire, EXPECTED))?;
     }
     if let Some(chain) = item.get(CHAIN) {
         let path = format!("{path}.{CHAIN}");
@@ -193,6 +210,10 @@ pub fn element_json(
     } else if element.flags & element_flags::ELEMENT_ARGUMENT.0 != 0 {
         item.insert(ARGUMENT.to_owned(), element.argument.into());
     }
+    if element.expires != 0 {
+        let left = u64::from(element.expires).saturating_sub(seconds_now());
+        item.insert(EXPIRE.to_owned(), format!("{left}s").into());
+    }
     item
 }
 
@@ -201,6 +222,38 @@ pub fn element_chain(value: &[u8]) -> Option<u32> {
     let mut element = element::default();
     plain::copy_from_bytes(&mut element, value).ok()?;
     (element.flags & element_flags::ELEMENT_CHAIN.0 != 0).then_some(element.argument as u32)
+}
+
+/// Whether an element counts no more, by its value.
+pub fn has_expired(value: &[u8]) -> bool {
+    let mut element = element::default();
+    plain::copy_from_bytes(&mut element, value).is_ok()
+        && element.expires != 0
+        && u64::from(element.expires) <= seconds_now()
+}
+
+/// Removes what has expired from a set. Returns how many elements that were.
+///
+/// # Errors
+/// What the kernel says.
+pub fn remove_expired(set: impl AsFd) -> Result<usize> {
+    let entries = sys::map_dump(&set).context("read a set")?;
+    let mut removed = 0;
+    for (key, _) in entries.iter().filter(|(_, value)| has_expired(value)) {
+        // It may have been stored anew since.
+        let now = sys::map_lookup(&set, key, ELEMENT_SIZE as usize).context("read a set")?;
+        if now.is_some_and(|value| has_expired(&value)) {
+            removed += usize::from(sys::map_delete(&set, key).context("delete from a set")?);
+        }
+    }
+    Ok(removed)
+}
+
+/// Of the clock by which elements expire.
+fn seconds_now() -> u64 {
+    // The kernel has this clock.
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from);
+    now.unwrap_or_default().as_secs()
 }
 
 /// What `set load` did.
@@ -389,13 +442,14 @@ pub fn delete(store: &Store, name: &str) -> Result<()> {
     let attached = attachments.iter().flat_map(|a| &a.record.chains);
     let kept = state.attached.values().flatten().chain(&state.subs);
     let user = attached.chain(kept).find(|chain| {
-        let mut selectors = chain.selectors.iter();
-        selectors.any(|selector| selector.keys.set() == Some(name))
+        let selectors = chain.selectors.iter().map(|selector| &selector.keys);
+        let mut keys = selectors.chain(chain.actions.iter().map(|action| &action.keys));
+        keys.any(|keys| keys.set() == Some(name))
     });
     if let Some(chain) = user {
         return Err(Refused::state(
             format!("the set {name} is in use"),
-            format!("the chain {} looks packets up in it", chain.name),
+            format!("the chain {} uses it", chain.name),
             format!("first `policy-chain delete {}`", chain.name),
         )
         .into());

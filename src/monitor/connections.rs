@@ -312,7 +312,7 @@ fn end(id: &types::flow_id, known: &types::subflow, at: usize) -> End {
         last: Duration::from_nanos(end.rtt_last),
     };
     End {
-        address: SocketAddr::new(address(id, at), u16::from_be(id.port[at])),
+        address: ends(id)[at],
         address_id: end.address_id,
         backup: end.backup != 0,
         packets: end.packets,
@@ -321,6 +321,11 @@ fn end(id: &types::flow_id, known: &types::subflow, at: usize) -> End {
         rtt: (end.rtt_min != 0).then_some(rtt),
         rate: None,
     }
+}
+
+/// The two ends of a flow, in its order.
+pub(crate) fn ends(id: &types::flow_id) -> [SocketAddr; 2] {
+    [0, 1].map(|at| SocketAddr::new(address(id, at), u16::from_be(id.port[at])))
 }
 
 /// The address of an end, which a flow begins with in their 128-bit form; IPv4 where it is mapped.

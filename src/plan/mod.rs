@@ -377,6 +377,8 @@ impl Planner<'_> {
         let count = Action {
             policy: COUNT.to_owned(),
             on_error: OnError::Continue,
+            keys: Keys::None,
+            kind: None,
             cadence: None,
             params: Map::new(),
             references: Vec::new(),
@@ -401,6 +403,7 @@ impl Planner<'_> {
                     OnError::Drop => Successor::Drop,
                 },
                 params: action.params.clone(),
+                keys: action.keys.clone(),
                 terminal,
                 cadence: action.cadence.unwrap_or(match policy.once {
                     true => Cadence::First(1),

@@ -23,7 +23,7 @@ pub const RESERVED: [&str; 11] = [
 ];
 
 /// JSON keys that stand beside the members of a set's key.
-pub const RESERVED_IN_KEY: [&str; 2] = ["arg", "chain"];
+pub const RESERVED_IN_KEY: [&str; 3] = ["arg", "chain", "expire"];
 
 /// Typedefs a parameter may have, for messages.
 const VOCABULARY: &str = "__u8 __u16 __u32 __u64 __be16 __be32 __be64 bool enum ip_t prefix_t \

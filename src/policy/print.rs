@@ -61,10 +61,11 @@ pub fn policy_page(policy: &Policy) -> String {
         _ => page += "  none\n",
     }
     if let Some(key) = &policy.key {
-        let text = format!(
-            "Sets of kind \"{}\", by \"set\": NAME or \"keys\": [...]; members of a key:",
-            key.kind
-        );
+        let given = match policy.kind {
+            Kind::Selector => "by \"set\": NAME or \"keys\": [...]",
+            Kind::Action => "by \"set\": NAME",
+        };
+        let text = format!("Sets of kind \"{}\", {given}; members of a key:", key.kind);
         page += "\n";
         page += &hanging("", &text);
         page += &members(&key.layout, Kind::Selector);
@@ -251,6 +252,9 @@ fn examples(policy: &Policy) -> Vec<Value> {
     };
     let mut by_set = plain.clone();
     by_set.insert("set".to_owned(), "NAME".into());
+    if policy.kind == Kind::Action {
+        return vec![by_set.into()];
+    }
     let mut by_keys = plain;
     by_keys.insert("keys".to_owned(), json!([key_example(&key.layout)]));
     vec![by_set.into(), by_keys.into()]

@@ -105,6 +105,9 @@ fn action(action: &Action) -> Value {
     let mut object = Map::new();
     object.insert("action".into(), action.policy.as_str().into());
     object.extend(sorted(&action.params));
+    if let Some(set) = action.keys.set() {
+        object.insert("set".into(), set.into());
+    }
     match action.cadence {
         None => None,
         Some(Cadence::Always) => object.insert("once".into(), false.into()),

@@ -168,6 +168,10 @@ pub struct Action {
     pub policy: String,
     /// What happens when the action gives up.
     pub on_error: OnError,
+    /// The set that a policy of [`Action::kind`] stores to; else nothing.
+    pub keys: Keys,
+    /// Kind of set it stores to.
+    pub kind: Option<String>,
     /// How often it is done to the packets of one flow; none: as its policy has it.
     pub cadence: Option<Cadence>,
     /// Parameters by name, as in the file; known to fit the policy's layout. One of them may be
@@ -454,7 +458,16 @@ impl Spec {
             .collect();
         for chain in &self.chains {
             for selector in &chain.selectors {
-                self.validate_set(selector, known_sets)?;
+                let Selector {
+                    keys, kind, origin, ..
+                } = selector;
+                self.validate_set(keys, kind.as_deref(), origin, known_sets)?;
+            }
+            for action in &chain.actions {
+                let Action {
+                    keys, kind, origin, ..
+                } = action;
+                self.validate_set(keys, kind.as_deref(), origin, known_sets)?;
             }
             let selectors = chain.selectors.iter().flat_map(|s| &s.references);
             let actions = chain.actions.iter().flat_map(|a| &a.references);
@@ -470,16 +483,17 @@ impl Spec {
 
     fn validate_set(
         &self,
-        selector: &Selector,
+        keys: &Keys,
+        kind: Option<&str>,
+        origin: &Origin,
         known: &BTreeMap<String, SetSpec>,
     ) -> Result<(), Invalid> {
-        let (Keys::Set(name), Some(kind)) = (&selector.keys, &selector.kind) else {
+        let (Keys::Set(name), Some(kind)) = (keys, kind) else {
             return Ok(());
         };
         let Some(set) = self.sets.get(name).or_else(|| known.get(name)) else {
             let names = self.sets.keys().chain(known.keys()).map(String::as_str);
-            return Err(selector
-                .origin
+            return Err(origin
                 .invalid(
                     ".set",
                     format_args!("\"{name}\", no such set{}", did_you_mean(name, names)),
@@ -489,16 +503,15 @@ impl Spec {
                     "define it: \"sets\": {{\"{name}\": {{\"kind\": \"{kind}\", \"size\": 1000}}}}"
                 )));
         };
-        if set.kind != *kind {
-            return Err(selector
-                .origin
+        if set.kind != kind {
+            return Err(origin
                 .invalid(
                     ".set",
                     format_args!("\"{name}\", a set of kind {}", set.kind),
                     format_args!("a set of kind {kind}"),
                 )
                 .advice(format_args!(
-                    "name another set, or a selector that looks up keys of kind {}",
+                    "name another set, or a policy whose sets are of kind {}",
                     set.kind
                 )));
         }

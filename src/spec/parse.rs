@@ -400,7 +400,9 @@ impl<'a> Parser<'a> {
     ) -> Result<(Action, Option<Reader>), Invalid> {
         let object = at.object()?;
         let policy = self.policy(&object, Role::Action, attach)?;
-        object.only(&known(&ACTION_KEYS, policy.params.as_ref()))?;
+        let stored = policy.key.is_some().then_some("set");
+        let keys: Vec<&str> = ACTION_KEYS.iter().copied().chain(stored).collect();
+        object.only(&known(&keys, policy.params.as_ref()))?;
         if policy.terminal && !last {
             return Err(Invalid::new(
                 member(&object.path, "action"),
@@ -417,7 +419,14 @@ impl<'a> Parser<'a> {
             .map_or(Ok(OnError::default()), |word| {
                 word.word(&OnError::ALL, OnError::name)
             })?;
-        let params = object.without(&ACTION_KEYS);
+        let set = match &policy.key {
+            Some(key) => {
+                let expected = format!("the name of a set of kind {}", key.kind);
+                Keys::Set(object.required("set", expected)?.name()?)
+            }
+            None => Keys::None,
+        };
+        let params = object.without(&keys);
         let (packed, references) = self.params(policy, &params, &object.path, true)?;
         let reader = packed
             .and_then(|packed| packed.element)
@@ -429,6 +438,8 @@ impl<'a> Parser<'a> {
         let action = Action {
             policy: policy.name.clone(),
             on_error,
+            keys: set,
+            kind: policy.key.as_ref().map(|key| key.kind.clone()),
             cadence: cadence(&object)?,
             params,
             references,

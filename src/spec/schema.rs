@@ -264,8 +264,16 @@ fn action(policy: &Policy) -> Value {
             "description": "do it to a packet of a flow once in so long"
         }),
     );
+    if let Some(key) = &policy.key {
+        let set = format!("name of a set of kind {}", key.kind);
+        own.insert("set".into(), described("name", &set));
+    }
     let params = policy.params.as_ref().map(Layout::schema_of_action);
-    object("action", own, policy, params.unwrap_or_default())
+    let mut schema = object("action", own, policy, params.unwrap_or_default());
+    if let (Some(_), Some(required)) = (&policy.key, schema["required"].as_array_mut()) {
+        required.push("set".into());
+    }
+    schema
 }
 
 /// The policy's object: the keys of its role, then its parameters.

@@ -210,7 +210,7 @@ fn devices_come_and_go(hook: &str, mode: &str) {
     expect_on(&environment, "pattern", &["e2", "e3", "e4"]);
     remove(&environment, "e2");
     expect_on(&environment, "pattern", &["e3", "e4"]);
-    // What matches no more is left to itself by what is applied next.
+    // Without the pattern it leaves what only that matched.
     environment.apply(
         Role::Server,
         &file(&[chain("pattern", &["e3"], hook, mode)]),
