@@ -50,7 +50,9 @@ fn announcements_filtered() {
 
 /// The server's addresses after the first, of the connection's family.
 fn others(scene: &Scene) -> Vec<IpAddr> {
-    (2..=scene.paths()).map(|path| scene.address(path)).collect()
+    (2..=scene.paths())
+        .map(|path| scene.address(path))
+        .collect()
 }
 
 /// Has the server announce nothing by itself.
@@ -66,16 +68,15 @@ fn made_up(scene: &Scene) -> Result<(), Differs> {
     let actions: Value = actions
         .map(|(address, id)| json!({ "action": "add_subflow", "address": address, "id": id }))
         .collect();
-    scene.apply(json!([]), actions);
+    scene.apply(json!([scene.subflow(1)]), actions);
     let count = addresses.len() as u64;
     let heard = scene.counter(Role::Client, "AddAddr");
     let tried = scene.counter(Role::Client, "MPJoinSynTx");
     let joined = scene.counter(Role::Server, "MPJoinAckRx");
     let connection = MptcpConnection::open(scene.environment, scene.server, 0);
-    // What one side sends leaves room.
+    // Where only the other side sends, there is room.
     while joined.grown() < count {
-        connection.exchange(1)?;
-        connection.fetch(MEGABYTE / 4)?;
+        connection.transfer(MEGABYTE / 4)?;
     }
     connection.wait_subflows(scene.environment, Role::Client, addresses.len() + 1);
     eventually("all subflows carry data", || {
@@ -168,7 +169,7 @@ fn wait_joined(connections: &[(MptcpConnection, bool)], before: Duration) -> Vec
             if *busy {
                 // A wrong byte is not what this is about.
                 let _ = connection.exchange(1);
-                let _ = connection.fetch(20_000);
+                let _ = connection.transfer(20_000);
             }
         }
         thread::sleep(Duration::from_millis(20));
@@ -181,7 +182,9 @@ fn held(scene: &Scene, later: bool) {
     let environment = scene.environment;
     silence(scene);
     let address = scene.address(2).to_string();
-    let endpoint = ["mptcp", "endpoint", "add", &address, "dev", "path2", "signal"];
+    let endpoint = [
+        "mptcp", "endpoint", "add", &address, "dev", "path2", "signal",
+    ];
     environment.run(Role::Server, "ip", &endpoint);
     let restore = match later {
         true => json!({ "action": "restore_add_addr" }),

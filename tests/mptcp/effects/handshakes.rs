@@ -70,12 +70,13 @@ fn data_keeps_its_options() {
     let options = mptcp_options(2, Announce::Subflow);
     everywhere(&options, &PLACES, Role::Client, |scene| {
         let connection = MptcpConnection::joined(scene.environment, scene.server);
-        scene.apply(json!([]), json!([{ "action": "strip_option", "kind": "mptcp" }]));
+        scene.apply(
+            json!([]),
+            json!([{ "action": "strip_option", "kind": "mptcp" }]),
+        );
         goes_on(&connection)?;
         connection.wait_subflows(scene.environment, Role::Server, 2);
-        let unsafe_ = scene
-            .environment
-            .reason(scene.role(), "t", "unsafe");
+        let unsafe_ = scene.environment.reason(scene.role(), "t", "unsafe");
         assert!(unsafe_ > 20, "{unsafe_}");
         Ok(())
     });

@@ -87,7 +87,10 @@ fn everywhere(
 
 impl Scene<'_> {
     fn run(&self, check: impl Fn(&Scene) -> Result<(), Differs>) {
-        eprintln!("{:?}, from the {} to {}", self.place, self.sender, self.server);
+        eprintln!(
+            "{:?}, from the {} to {}",
+            self.place, self.sender, self.server
+        );
         exact(|| {
             let done = check(self);
             self.environment.ok(self.role(), &["delete", "--all"]);

@@ -27,7 +27,10 @@ fn share(scene: &Scene, connection: &MptcpConnection) -> Result<f64, Differs> {
     let before = received(scene, connection);
     connection.fetch(6 * MEGABYTE)?;
     let after = received(scene, connection);
-    let grown = after.iter().zip(&before).map(|(after, before)| after - before);
+    let grown = after
+        .iter()
+        .zip(&before)
+        .map(|(after, before)| after - before);
     let grown: Vec<u64> = grown.collect();
     Ok(grown[1] as f64 / grown.iter().sum::<u64>() as f64)
 }
@@ -88,7 +91,10 @@ fn so_many_times() {
     ] {
         everywhere(&options, &[EGRESS, XDP], Role::Client, |scene| {
             let mut action = prio(true);
-            action.as_object_mut().unwrap().extend(cadence.as_object().unwrap().clone());
+            action
+                .as_object_mut()
+                .unwrap()
+                .extend(cadence.as_object().unwrap().clone());
             scene.apply(json!([]), json!([action]));
             let asked = scene.counter(Role::Server, "MPPrioRx");
             let connection = MptcpConnection::open(scene.environment, scene.server, 0);
@@ -130,16 +136,22 @@ fn once_in_a_while() {
 #[test]
 fn first_ones_dropped() {
     let options = mptcp_options(1, Announce::Subflow);
-    everywhere(&options, &[EGRESS, XDP], Role::Client, |scene| {
+    everywhere(&options, &PLACES, Role::Client, |scene| {
         let data = json!({ "selector": "tcp_flags", "all": ["psh"] });
         scene.apply(json!([data]), json!([{ "action": "drop", "first": 3 }]));
-        let sent = |scene: &Scene| scene.environment.counter(Role::Client, "Tcp", "RetransSegs");
+        let sent = |scene: &Scene| {
+            scene
+                .environment
+                .counter(Role::Client, "Tcp", "RetransSegs")
+        };
         let before = sent(scene);
         let connection = MptcpConnection::open(scene.environment, scene.server, 0);
         goes_on(&connection)?;
         assert_eq!(scene.done(), 3);
+        // What is dropped where it is sent was not sent.
         let again = sent(scene) - before;
-        assert!(again >= 3, "{again}");
+        let here = scene.role() == scene.sender;
+        assert!(here || again >= 3, "{again}");
         Ok(())
     });
 }

@@ -36,7 +36,9 @@ impl Monitor {
             let table = fs::read_to_string(&group).unwrap();
             let mut rows = table.lines().map(str::split_whitespace);
             rows.any(|mut row| {
-                row.nth(1) == Some("16") && row.next() == Some(&pid) && row.next() != Some("00000000")
+                row.nth(1) == Some("16")
+                    && row.next() == Some(&pid)
+                    && row.next() != Some("00000000")
             })
             .then_some(())
         });
@@ -88,7 +90,9 @@ fn second_subflow_reset() {
     let options = mptcp_options(2, Announce::Subflow);
     everywhere(&options, &PLACES, Role::Client, |scene| reset(scene, 2));
     let options = mptcp_options(3, Announce::Signal);
-    everywhere(&options, &[EGRESS, XDP], Role::Server, |scene| reset(scene, 2));
+    everywhere(&options, &[EGRESS, XDP], Role::Server, |scene| {
+        reset(scene, 2)
+    });
 }
 
 #[test]
@@ -96,5 +100,7 @@ fn first_subflow_reset() {
     let options = mptcp_options(2, Announce::Signal);
     everywhere(&options, &PLACES, Role::Server, |scene| reset(scene, 1));
     let options = mptcp_options(2, Announce::Subflow);
-    everywhere(&options, &[EGRESS, XDP], Role::Client, |scene| reset(scene, 1));
+    everywhere(&options, &[EGRESS, XDP], Role::Client, |scene| {
+        reset(scene, 1)
+    });
 }
