@@ -63,7 +63,8 @@ ACTION(add_subflow,
 	__u8 message[HMAC_MESSAGE_MAX] = {};
 	struct connection_keys *keys;
 	__be64 hmac;
-	__u32 token, size, failed;
+	struct subflow_end *own;
+	__u32 size, failed;
 
 	if (reason)
 		return SKIP(reason);
@@ -71,8 +72,10 @@ ACTION(add_subflow,
 		return SKIP(REASON_HELPER_FAILED);
 	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_ADD_ADDR))
 		return SKIP(REASON_OPTION_PRESENT);
-	token = subflow_end(mptcp.subflow, mptcp.sender)->token;
-	keys = bpf_map_lookup_elem(&pcn_keys, &token);
+	own = subflow_end(mptcp.subflow, mptcp.sender);
+	if (announced_lately(own))
+		return SKIP(REASON_NOT_DUE);
+	keys = bpf_map_lookup_elem(&pcn_keys, &own->token);
 	if (!keys)
 		return SKIP(REASON_NO_KEYS);
 	announcement(message, PARAM(id), is_v4);
@@ -83,5 +86,8 @@ ACTION(add_subflow,
 	if (failed)
 		return SKIP(REASON_HELPER_FAILED);
 	size = add_addr_write(scratch->insert, message, hmac, is_v4);
-	return done_or_skip(mptcp_add(ctx, &mptcp, scratch, size));
+	reason = mptcp_add(ctx, &mptcp, scratch, size);
+	if (!reason)
+		own->announced_at = bpf_ktime_get_ns();
+	return done_or_skip(reason);
 }

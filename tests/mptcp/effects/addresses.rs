@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::{Value, json};
 
-use super::{EGRESS, MEGABYTE, PLACES, Place, Scene, XDP, everywhere, goes_on};
+use super::{EGRESS, MEGABYTE, PLACES, Place, Scene, XDP, both_ways, everywhere, goes_on};
 use crate::common::agent::Agent;
 use crate::common::mptcp::{Differs, MptcpConnection, Subflow, mptcp_options};
 use crate::common::traffic::server_addresses;
@@ -28,9 +28,7 @@ fn filtered(scene: &Scene) -> Result<(), Differs> {
         scene.counter(Role::Server, "MPCapableDataFallback"),
     ];
     let connection = MptcpConnection::open(scene.environment, scene.server, 0);
-    while sent.grown() < REPEATED {
-        connection.exchange(1)?;
-    }
+    sent.driven(REPEATED, || connection.exchange(1))?;
     goes_on(&connection)?;
     zero.iter().for_each(|counter| counter.is(0));
     for role in [Role::Client, Role::Server] {
@@ -75,9 +73,7 @@ fn made_up(scene: &Scene) -> Result<(), Differs> {
     let joined = scene.counter(Role::Server, "MPJoinAckRx");
     let connection = MptcpConnection::open(scene.environment, scene.server, 0);
     // Where only the other side sends, there is room.
-    while joined.grown() < count {
-        connection.transfer(MEGABYTE / 4)?;
-    }
+    joined.driven(count, || connection.transfer(MEGABYTE / 4).map(drop))?;
     connection.wait_subflows(scene.environment, Role::Client, addresses.len() + 1);
     eventually("all subflows carry data", || {
         connection.fetch(MEGABYTE).err().map(Err).or_else(|| {
@@ -119,10 +115,7 @@ fn taken_away(scene: &Scene) -> Result<(), Differs> {
     let told = scene.counter(scene.receiver(), "RmAddr");
     let action = json!({ "action": "remove_addr", "id": id });
     scene.apply(json!([scene.subflow(1)]), json!([action]));
-    while told.grown() < 1 {
-        connection.transfer(MEGABYTE / 4)?;
-        connection.fetch(MEGABYTE / 4)?;
-    }
+    told.driven(1, || both_ways(&connection))?;
     for role in [Role::Client, Role::Server] {
         let left = connection.wait_subflows(scene.environment, role, usize::from(paths) - 1);
         assert!(left.iter().all(|it| it.path() < paths), "{left:#?}");

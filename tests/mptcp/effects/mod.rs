@@ -12,9 +12,9 @@ use std::net::IpAddr;
 use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::{Value, json};
 
-use crate::common::Environment;
 use crate::common::mptcp::{Differs, MptcpConnection, exact};
 use crate::common::traffic::server_addresses;
+use crate::common::{Environment, eventually};
 
 const MEGABYTE: usize = 1 << 20;
 
@@ -234,10 +234,29 @@ impl Counter<'_> {
         self.is(count);
     }
 
+    /// Has packets sent until it has grown by so much.
+    #[track_caller]
+    fn driven(&self, count: u64, send: impl Fn() -> Result<(), Differs>) -> Result<(), Differs> {
+        eventually(self.name, || {
+            let sent = (self.grown() < count).then(&send);
+            match sent {
+                Some(Ok(())) => None,
+                Some(Err(differs)) => Some(Err(differs)),
+                None => Some(Ok(())),
+            }
+        })
+    }
+
     #[track_caller]
     fn is(&self, count: u64) {
         assert_eq!(self.grown(), count, "{} {}", self.role, self.name);
     }
+}
+
+/// Sends a little each way.
+fn both_ways(connection: &MptcpConnection) -> Result<(), Differs> {
+    connection.transfer(MEGABYTE / 4)?;
+    connection.fetch(MEGABYTE / 4).map(drop)
 }
 
 /// That both hosts speak MPTCP on a connection, which carries what it should.

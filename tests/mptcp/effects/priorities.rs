@@ -49,9 +49,7 @@ fn backup_and_back(scene: &Scene) -> Result<(), Differs> {
     let both = share(scene, &connection)?;
     assert!((0.2..0.8).contains(&both), "{both}");
     scene.apply(json!([scene.subflow(2)]), json!([prio(true)]));
-    while asked.grown() < 1 {
-        connection.fetch(MEGABYTE / 4)?;
-    }
+    asked.driven(1, || connection.fetch(MEGABYTE / 4).map(drop))?;
     is_backup(true);
     connection.exchange(1)?;
     let backup = share(scene, &connection)?;

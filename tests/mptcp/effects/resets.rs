@@ -7,7 +7,7 @@ use std::process::{Child, Stdio};
 use policy_chain::testbed::{Announce, Role};
 use serde_json::json;
 
-use super::{EGRESS, MEGABYTE, PLACES, Scene, XDP, everywhere, goes_on};
+use super::{EGRESS, PLACES, Scene, XDP, both_ways, everywhere, goes_on};
 use crate::common::eventually;
 use crate::common::mptcp::{Differs, MptcpConnection, mptcp_options};
 
@@ -68,10 +68,7 @@ fn reset(scene: &Scene, path: u8) -> Result<(), Differs> {
         "action": "reset_subflow", "reason": "unacceptable_performance", "once": true,
     });
     scene.apply(json!([scene.subflow(path)]), json!([action]));
-    while seen.grown() < 1 {
-        connection.transfer(MEGABYTE / 4)?;
-        connection.fetch(MEGABYTE / 4)?;
-    }
+    seen.driven(1, || both_ways(&connection))?;
     for role in [Role::Client, Role::Server] {
         let left = connection.wait_subflows(scene.environment, role, paths - 1);
         assert!(left.iter().all(|it| it.path() != path), "{left:#?}");
