@@ -4,6 +4,7 @@
 
 mod addresses;
 mod handshakes;
+mod measured;
 mod priorities;
 mod resets;
 
