@@ -51,13 +51,14 @@ pub const SELECTORS: [(&str, &[&str]); 8] = [
     ("tcp_flags", &["all", "any", "none"]),
 ];
 
-pub const ACTIONS: [(&str, &[&str]); 17] = [
-    ("add_subflow", &["address", "id", "port"]),
+pub const ACTIONS: [(&str, &[&str]); 18] = [
+    ("add_subflow", &["address", "id", "port", "apart"]),
     ("count", &[]),
     ("drop", &[]),
     ("goto", &["chain"]),
     ("hold_add_addr", &[]),
     ("insert_option", &["kind", "data", "again"]),
+    ("learn", &["expire"]),
     ("mp_prio", &["backup"]),
     ("pass", &[]),
     ("record", &[]),
@@ -65,7 +66,7 @@ pub const ACTIONS: [(&str, &[&str]); 17] = [
     ("remove_addr", &["id", "unsafe"]),
     ("report", &[]),
     ("reset_subflow", &["reason", "transient"]),
-    ("restore_add_addr", &["after"]),
+    ("restore_add_addr", &["after", "apart"]),
     ("set_mss", &["bytes", "mode"]),
     ("set_window", &["bytes", "raw", "max"]),
     ("strip_option", &["kind", "subtype", "mode", "unsafe"]),
@@ -218,6 +219,7 @@ pub enum What {
         backup: bool,
     },
     Record,
+    Learn,
     RemoveAddr {
         id: Number,
         sure: bool,
@@ -783,6 +785,10 @@ impl Action {
             "mp_prio" => What::MpPrio {
                 backup: members.get("backup").unwrap().as_bool().unwrap(),
             },
+            "learn" => {
+                members.text("set").unwrap();
+                What::Learn
+            }
             "record" => What::Record,
             "remove_addr" => What::RemoveAddr {
                 id: number(members.get("id").unwrap()),
@@ -798,6 +804,8 @@ impl Action {
             },
             _ => panic!("the model does not know the action {policy}"),
         };
+        // There is no clock here.
+        assert!(members.text("apart").is_none_or(|apart| apart == "0ns"));
         let once = ["add_subflow", "mp_prio", "remove_addr"].contains(&policy.as_str());
         let by_default = match once {
             true => Turns::First(1),

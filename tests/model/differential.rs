@@ -329,7 +329,8 @@ impl Tally {
             let done = self.actions.get(&policy.name);
             let done = done.unwrap_or_else(|| panic!("{hook}: no {}", policy.name));
             let name = policy.name.as_str();
-            let changes = !["count", "drop", "goto", "pass", "record", "report"].contains(&name);
+            let changes =
+                !["count", "drop", "goto", "learn", "pass", "record", "report"].contains(&name);
             // few packets are of a subflow that is known well enough
             let rare = [
                 "add_subflow",

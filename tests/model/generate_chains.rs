@@ -576,6 +576,8 @@ fn on_subflows(carries: Carries) -> BoxedStrategy<Value> {
             ("address", Some(address.into())),
             ("id", Some(id)),
             ("port", port),
+            // The model has no clock.
+            ("apart", Some("0ns".into())),
         ])
     });
     let remove = (id(), maybe(any::<bool>())).prop_map(|(id, sure)| {
@@ -605,6 +607,7 @@ fn on_subflows(carries: Carries) -> BoxedStrategy<Value> {
         object(vec![
             ("action", Some("restore_add_addr".into())),
             ("after", after),
+            ("apart", Some("0ns".into())),
         ])
     });
     prop_oneof![
@@ -667,6 +670,7 @@ fn with_on_error(action: BoxedStrategy<Value>) -> BoxedStrategy<Value> {
 fn action(hook: Hook, carries: Carries) -> BoxedStrategy<Value> {
     let which = prop_oneof![
         1 => Just(json!({ "action": "count" })),
+        1 => Just(json!({ "action": "learn", "set": LEARNT })),
         4 => set_window(carries),
         3 => set_mss(carries),
         5 => strip_option(hook, carries),
@@ -782,6 +786,9 @@ fn set_kind(selector: &str) -> &str {
     }
 }
 
+/// The set that flows are learnt into, which no selector looks at.
+const LEARNT: &str = "learnt";
+
 /// Moves the keys of a chain into named sets: there elements may also carry nothing, or what is
 /// no argument. `spoil` says which do. Sets are members of the file, as their elements are for
 /// [`crate::differential`].
@@ -848,10 +855,12 @@ fn file(hook: Hook, carries: Carries, named: f64) -> BoxedStrategy<Value> {
     );
     parts
         .prop_map(|(main, sub, last, spoil)| {
-            let mut file = json!({ "version": 1, "chains": [main, sub, last] });
+            let mut file = json!({ "version": 1, "chains": [main, sub, last], "sets": {} });
             if let Some(spoil) = spoil {
                 into_sets(&mut file, &spoil);
             }
+            // Larger than the number of flows.
+            file["sets"][LEARNT] = json!({ "kind": "flow", "size": 10_000 });
             file
         })
         .boxed()
