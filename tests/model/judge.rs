@@ -368,7 +368,9 @@ impl Model {
             What::ResetSubflow { reason, transient } => {
                 self.reset(frame, *reason, *transient)?;
             }
-            What::Record => drop(layers::tcp(frame)?),
+            What::Record => {
+                layers::tcp(frame)?;
+            }
             What::Report => {
                 if !self.subflows.worth_reporting(&Signals::of(frame)?) {
                     return Err("not_reported");
