@@ -368,8 +368,12 @@ impl Model {
             What::ResetSubflow { reason, transient } => {
                 self.reset(frame, *reason, *transient)?;
             }
-            What::Learn => drop(layers::ip(frame)?.ports(frame)?),
-            What::Record => drop(layers::tcp(frame)?),
+            What::Learn => {
+                layers::ip(frame)?.ports(frame)?;
+            }
+            What::Record => {
+                layers::tcp(frame)?;
+            }
             What::Report => {
                 if !self.subflows.worth_reporting(&Signals::of(frame)?) {
                     return Err("not_reported");
