@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::{Value, json};
 
-use super::{EGRESS, MEGABYTE, PLACES, Place, Scene, XDP, both_ways, everywhere, goes_on};
+use super::*;
 use crate::common::agent::Agent;
 use crate::common::mptcp::{Differs, MptcpConnection, Subflow, mptcp_options};
 use crate::common::traffic::server_addresses;
@@ -41,9 +41,10 @@ fn filtered(scene: &Scene) -> Result<(), Differs> {
 #[test]
 fn announcements_filtered() {
     let options = mptcp_options(2, Announce::Signal);
-    everywhere(&options, &PLACES, Role::Server, filtered);
+    let places = [EGRESS, INGRESS, XDP, ROUTER_XDP];
+    everywhere(&options, &places, Role::Server, filtered);
     let options = mptcp_options(3, Announce::Signal);
-    everywhere(&options, &[EGRESS, XDP], Role::Server, filtered);
+    everywhere(&options, &[EGRESS], Role::Server, filtered);
 }
 
 /// The server's addresses after the first, of the connection's family.
@@ -66,7 +67,7 @@ fn made_up(scene: &Scene) -> Result<(), Differs> {
     let actions: Value = actions
         .map(|(address, id)| json!({ "action": "add_subflow", "address": address, "id": id }))
         .collect();
-    scene.apply(json!([scene.subflow(1)]), actions);
+    scene.apply_to_subflow(1, actions);
     let count = addresses.len() as u64;
     let heard = scene.counter(Role::Client, "AddAddr");
     let tried = scene.counter(Role::Client, "MPJoinSynTx");
@@ -93,9 +94,10 @@ fn made_up(scene: &Scene) -> Result<(), Differs> {
 #[test]
 fn announcements_made_up() {
     let options = mptcp_options(2, Announce::Signal);
-    everywhere(&options, &PLACES, Role::Server, made_up);
+    let places = [EGRESS, INGRESS, XDP, ROUTER_EGRESS];
+    everywhere(&options, &places, Role::Server, made_up);
     let options = mptcp_options(3, Announce::Signal);
-    everywhere(&options, &[EGRESS, XDP], Role::Server, made_up);
+    everywhere(&options, &[XDP], Role::Server, made_up);
 }
 
 /// The id of the sender's address on a subflow, as its `ss` has it: `token:0000(id:0)/9c2e(id:1)`,
@@ -114,7 +116,7 @@ fn taken_away(scene: &Scene) -> Result<(), Differs> {
     assert_ne!(id, 0, "{subflows:#?}");
     let told = scene.counter(scene.receiver(), "RmAddr");
     let action = json!({ "action": "remove_addr", "id": id });
-    scene.apply(json!([scene.subflow(1)]), json!([action]));
+    scene.apply_to_subflow(1, json!([action]));
     told.driven(1, || both_ways(&connection))?;
     for role in [Role::Client, Role::Server] {
         let left = connection.wait_subflows(scene.environment, role, usize::from(paths) - 1);
@@ -129,11 +131,12 @@ fn taken_away(scene: &Scene) -> Result<(), Differs> {
 #[test]
 fn addresses_taken_away() {
     let options = mptcp_options(2, Announce::Subflow);
-    everywhere(&options, &PLACES, Role::Client, taken_away);
+    let places = [EGRESS, INGRESS, XDP, ROUTER_INGRESS];
+    everywhere(&options, &places, Role::Client, taken_away);
     let options = mptcp_options(3, Announce::Subflow);
-    everywhere(&options, &[EGRESS, XDP], Role::Client, taken_away);
+    everywhere(&options, &[EGRESS], Role::Client, taken_away);
     let options = mptcp_options(2, Announce::Signal);
-    everywhere(&options, &[EGRESS, XDP], Role::Server, taken_away);
+    everywhere(&options, &[XDP], Role::Server, taken_away);
 }
 
 /// How long addresses are held.
@@ -258,10 +261,10 @@ fn held_everywhere(places: &[Place], later: bool) {
 
 #[test]
 fn announcements_held_for_a_while() {
-    held_everywhere(&PLACES, false);
+    held_everywhere(&[EGRESS, INGRESS, XDP, ROUTER_EGRESS], false);
 }
 
 #[test]
 fn announcements_held_until_told() {
-    held_everywhere(&PLACES, true);
+    held_everywhere(&[EGRESS, INGRESS, XDP, ROUTER_XDP], true);
 }

@@ -4,7 +4,7 @@
 use policy_chain::testbed::{Announce, Role};
 use serde_json::{Value, json};
 
-use super::{EGRESS, MEGABYTE, PLACES, Scene, everywhere, goes_on};
+use super::*;
 use crate::common::mptcp::{Differs, MptcpConnection, mptcp_options};
 use crate::common::{Environment, says};
 
@@ -20,7 +20,8 @@ fn syn() -> Value {
 #[test]
 fn without_mp_capable() {
     let options = mptcp_options(1, Announce::Subflow);
-    everywhere(&options, &PLACES, Role::Client, |scene| {
+    let places = [EGRESS, INGRESS, XDP, GENERIC, ROUTER_EGRESS];
+    everywhere(&options, &places, Role::Client, |scene| {
         scene.apply(json!([syn()]), json!([strip("mp_capable")]));
         let fallback = scene.counter(Role::Client, "MPCapableFallbackSYNACK");
         let offered = scene.counter(Role::Server, "MPCapableSYNRX");
@@ -59,7 +60,8 @@ fn without_mp_join(scene: &Scene) -> Result<(), Differs> {
 #[test]
 fn joins_refused() {
     let options = mptcp_options(2, Announce::Subflow);
-    everywhere(&options, &PLACES, Role::Client, without_mp_join);
+    let places = [EGRESS, INGRESS, XDP, GENERIC, ROUTER_INGRESS];
+    everywhere(&options, &places, Role::Client, without_mp_join);
     let options = mptcp_options(3, Announce::Subflow);
     everywhere(&options, &[EGRESS], Role::Client, without_mp_join);
 }
@@ -68,7 +70,8 @@ fn joins_refused() {
 #[test]
 fn data_keeps_its_options() {
     let options = mptcp_options(2, Announce::Subflow);
-    everywhere(&options, &PLACES, Role::Client, |scene| {
+    let places = [EGRESS, INGRESS, XDP, GENERIC];
+    everywhere(&options, &places, Role::Client, |scene| {
         let connection = MptcpConnection::joined(scene.environment, scene.server);
         scene.apply(
             json!([]),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::{Value, json};
 
-use super::{MEGABYTE, PLACES, Place, Scene, everywhere, goes_on};
+use super::*;
 use crate::common::Environment;
 use crate::common::mptcp::{MptcpConnection, exact, mptcp_options};
 use crate::common::traffic::{Connection, server_addresses};
@@ -16,15 +16,11 @@ use crate::common::traffic::{Connection, server_addresses};
 const WINDOW: u64 = 16384;
 const DELAY: Duration = Duration::from_millis(20);
 
-fn ends() -> impl Iterator<Item = Place> {
-    PLACES.into_iter().filter(|place| !place.router)
-}
-
 /// A chain for connections in a set, which sets their windows to the set's argument.
 fn throttled(scene: &Scene) -> MptcpConnection {
     let selector = json!({ "selector": "mptcp_connection", "set": "slow" });
     let action = json!({ "action": "set_window", "bytes": { "from": "element" } });
-    let chain = scene.chain("t", json!([selector]), json!([action]));
+    let chain = scene.chain(1..=scene.paths(), json!([selector]), json!([action]));
     let content = json!({
         "version": 1,
         "sets": { "slow": { "kind": "connection", "size": 10 } },
@@ -48,17 +44,16 @@ fn a_connection_throttled_by_its_window() {
         ..mptcp_options(2, Announce::Subflow)
     };
     let expected = WINDOW as f64 * 8.0 / 1e6 / DELAY.as_secs_f64();
-    let places: Vec<Place> = ends().collect();
+    let places = [EGRESS, INGRESS, XDP];
     everywhere(&options, &places, Role::Server, |scene| {
         let connection = throttled(scene);
         let other = MptcpConnection::joined(scene.environment, scene.server);
-        let free = connection.transfer(MEGABYTE)?;
-        assert!(free > 2.0 * expected, "{free}");
         // By the server's token, or the client's.
         let end = [Role::Client, Role::Server][usize::from(scene.server.is_ipv4())];
         throttle(scene, connection.token(end));
-        connection.transfer(MEGABYTE / 16)?;
-        let rate = connection.transfer(MEGABYTE)?;
+        // What was advertised before may still be used up.
+        connection.transfer(MEGABYTE / 4)?;
+        let rate = connection.transfer(MEGABYTE / 2)?;
         eprintln!("{rate:.2} of {expected:.2} Mbit/s");
         assert!(
             (0.6..1.2).contains(&(rate / expected)),
@@ -69,16 +64,16 @@ fn a_connection_throttled_by_its_window() {
         assert!(free > 2.0 * expected, "{free}");
         let free = other.transfer(MEGABYTE)?;
         assert!(free > 2.0 * expected, "{free}");
-        goes_on(&connection)
+        assert!(connection.is_mptcp());
+        Ok(())
     });
 }
 
 /// With checksums that the receiver sees.
 #[test]
 fn a_window_set_on_a_router() {
-    let places: Vec<Place> = PLACES.into_iter().filter(|it| it.router).collect();
     let options = mptcp_options(2, Announce::Signal);
-    everywhere(&options, &places, Role::Server, |scene| {
+    everywhere(&options, &[ROUTER_INGRESS], Role::Server, |scene| {
         let connection = throttled(scene);
         throttle(scene, connection.token(Role::Client));
         goes_on(&connection)?;
@@ -168,7 +163,7 @@ fn recorded_as_sockets_have_it() {
         "name": "lose",
         "attach": attach(&["xdp"]),
         "selectors": [{ "selector": "tcp_flags", "all": ["psh"] }],
-        "actions": [{ "action": "drop", "first": 4 }],
+        "actions": [{ "action": "drop", "first": 2 }],
     });
     let file = |chain: Value| json!({ "version": 1, "chains": [chain] });
     environment.apply(Role::Client, &file(record));
@@ -201,5 +196,5 @@ fn recorded_as_sockets_have_it() {
         }
     }
     let lost = environment.counter(Role::Client, "Tcp", "RetransSegs");
-    assert!(lost > 5, "{lost}");
+    assert!(lost >= 12, "{lost}");
 }

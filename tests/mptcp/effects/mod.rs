@@ -9,6 +9,7 @@ mod priorities;
 mod resets;
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::{Value, json};
@@ -33,16 +34,12 @@ const fn place(router: bool, hook: &'static str, mode: &'static str) -> Place {
 }
 
 const EGRESS: Place = place(false, "tc-egress", "auto");
+const INGRESS: Place = place(false, "tc-ingress", "auto");
 const XDP: Place = place(false, "xdp", "native");
-const PLACES: [Place; 7] = [
-    EGRESS,
-    place(false, "tc-ingress", "auto"),
-    XDP,
-    place(false, "xdp", "generic"),
-    place(true, "tc-egress", "auto"),
-    place(true, "tc-ingress", "auto"),
-    place(true, "xdp", "native"),
-];
+const GENERIC: Place = place(false, "xdp", "generic");
+const ROUTER_EGRESS: Place = place(true, "tc-egress", "auto");
+const ROUTER_INGRESS: Place = place(true, "tc-ingress", "auto");
+const ROUTER_XDP: Place = place(true, "xdp", "native");
 
 /// Where chain `t` is tried, and with what.
 struct Scene<'a> {
@@ -144,22 +141,40 @@ impl Scene<'_> {
         }
     }
 
-    /// A chain at the place, on all paths.
-    fn chain(&self, name: &str, selectors: Value, actions: Value) -> Value {
+    /// A chain at the place.
+    fn chain(&self, paths: RangeInclusive<u8>, selectors: Value, actions: Value) -> Value {
         let Place { hook, mode, .. } = self.place;
-        let attach = (1..=self.paths())
-            .map(|path| json!({ "device": self.device(path), "hook": hook, "mode": mode }));
+        let attach =
+            paths.map(|path| json!({ "device": self.device(path), "hook": hook, "mode": mode }));
         json!({
-            "name": name,
+            "name": "t",
             "attach": attach.collect::<Vec<_>>(),
             "selectors": selectors,
             "actions": actions,
         })
     }
 
-    /// Applies chain `t`.
+    /// Has the actions done to what is sent on all paths.
     fn apply(&self, selectors: Value, actions: Value) {
-        let chain = self.chain("t", selectors, actions);
+        let chain = self.chain(1..=self.paths(), selectors, actions);
+        let content = json!({ "version": 1, "chains": [chain] });
+        self.environment.apply(self.role(), &content);
+    }
+
+    /// Has the actions done to what is sent on one subflow. On a router its two directions can take
+    /// different devices.
+    fn apply_to_subflow(&self, path: u8, actions: Value) {
+        let of_sender = match self.announce {
+            Announce::Signal => self.sender == Role::Server,
+            Announce::Subflow => self.sender == Role::Client,
+        };
+        let key = if of_sender { "src" } else { "dst" };
+        let selector = json!({ "selector": "ip_pair", key: self.address(path) });
+        let paths = match self.place.router {
+            true => 1..=self.paths(),
+            false => path..=path,
+        };
+        let chain = self.chain(paths, json!([selector]), actions);
         let content = json!({ "version": 1, "chains": [chain] });
         self.environment.apply(self.role(), &content);
     }
@@ -175,16 +190,6 @@ impl Scene<'_> {
             IpAddr::V4(_) => own.ipv4.into(),
             IpAddr::V6(_) => own.ipv6.into(),
         }
-    }
-
-    /// The selector of what is sent on one subflow.
-    fn subflow(&self, path: u8) -> Value {
-        let of_sender = match self.announce {
-            Announce::Signal => self.sender == Role::Server,
-            Announce::Subflow => self.sender == Role::Client,
-        };
-        let key = if of_sender { "src" } else { "dst" };
-        json!({ "selector": "ip_pair", key: self.address(path) })
     }
 
     /// Packets that the chain's only action was done to.

@@ -7,7 +7,7 @@ use std::process::{Child, Stdio};
 use policy_chain::testbed::{Announce, Role};
 use serde_json::json;
 
-use super::{EGRESS, PLACES, Scene, XDP, both_ways, everywhere, goes_on};
+use super::*;
 use crate::common::eventually;
 use crate::common::mptcp::{Differs, MptcpConnection, mptcp_options};
 
@@ -67,7 +67,7 @@ fn reset(scene: &Scene, path: u8) -> Result<(), Differs> {
     let action = json!({
         "action": "reset_subflow", "reason": "unacceptable_performance", "once": true,
     });
-    scene.apply(json!([scene.subflow(path)]), json!([action]));
+    scene.apply_to_subflow(path, json!([action]));
     seen.driven(1, || both_ways(&connection))?;
     for role in [Role::Client, Role::Server] {
         let left = connection.wait_subflows(scene.environment, role, paths - 1);
@@ -85,19 +85,17 @@ fn reset(scene: &Scene, path: u8) -> Result<(), Differs> {
 #[test]
 fn second_subflow_reset() {
     let options = mptcp_options(2, Announce::Subflow);
-    everywhere(&options, &PLACES, Role::Client, |scene| reset(scene, 2));
+    let places = [EGRESS, INGRESS, XDP, ROUTER_XDP];
+    everywhere(&options, &places, Role::Client, |scene| reset(scene, 2));
     let options = mptcp_options(3, Announce::Signal);
-    everywhere(&options, &[EGRESS, XDP], Role::Server, |scene| {
-        reset(scene, 2)
-    });
+    everywhere(&options, &[EGRESS], Role::Server, |scene| reset(scene, 2));
 }
 
 #[test]
 fn first_subflow_reset() {
     let options = mptcp_options(2, Announce::Signal);
-    everywhere(&options, &PLACES, Role::Server, |scene| reset(scene, 1));
+    let places = [EGRESS, INGRESS, XDP, ROUTER_EGRESS];
+    everywhere(&options, &places, Role::Server, |scene| reset(scene, 1));
     let options = mptcp_options(2, Announce::Subflow);
-    everywhere(&options, &[EGRESS, XDP], Role::Client, |scene| {
-        reset(scene, 1)
-    });
+    everywhere(&options, &[XDP], Role::Client, |scene| reset(scene, 1));
 }
