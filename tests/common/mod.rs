@@ -7,6 +7,7 @@
 
 #![allow(dead_code)]
 
+pub mod agent;
 pub mod capture;
 #[path = "../packets/frames.rs"]
 pub mod frames;

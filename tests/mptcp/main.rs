@@ -6,5 +6,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod events;
 mod examples;
+mod follower;
 mod testbed;
+mod tshark;

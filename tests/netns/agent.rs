@@ -1,20 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Devices that go and come: chains outlive them, and an agent attaches them again.
 
-use std::fs::{self, File};
 use std::net::UdpSocket;
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use policy_chain::engine::apply;
 use policy_chain::engine::store::Store;
 use policy_chain::netns::Namespace;
 use policy_chain::testbed::Role;
 use serde_json::{Value, json};
 
+use crate::common::agent::Agent;
 use crate::common::{BpfFolder, Environment, PROGRAM, eventually, says, succeeded, text};
 
 const PORT: u16 = 9999;
@@ -97,56 +94,6 @@ fn expect_counted(environment: &Environment, chain: &str, count: u64) {
     eventually(&format!("{chain} counts {count}"), || {
         (environment.packets(Role::Server, chain) == count).then_some(())
     });
-}
-
-/// A running agent, killed when dropped.
-struct Agent {
-    child: Child,
-    said: PathBuf,
-}
-
-impl Agent {
-    fn start(environment: &Environment, role: Role, name: &str) -> Agent {
-        let said = environment.files.path().join(name);
-        let child = environment
-            .command(role, &["agent"])
-            .stdout(Stdio::null())
-            .stderr(File::create(&said).unwrap())
-            .spawn()
-            .unwrap();
-        let agent = Agent { child, said };
-        eventually("the agent is up", || {
-            agent.said().contains("is up").then_some(())
-        });
-        agent
-    }
-
-    fn said(&self) -> String {
-        fs::read_to_string(&self.said).unwrap()
-    }
-
-    /// Ends it by a signal that it heeds.
-    fn stop(mut self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
-        assert_eq!(
-            self.child.wait().unwrap().code(),
-            Some(0),
-            "{}",
-            self.said()
-        );
-    }
-
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// A chain on a named device, and one on a pattern; their devices go and come.
