@@ -40,7 +40,7 @@ static __always_inline bool is_worth(hook_ctx *ctx, const struct mptcp_segment *
 
 	if (mptcp->index & INDEX_REPORTED)
 		return true;
-	if (mptcp->subflow && mptcp->subflow->flags &&
+	if (mptcp->subflow && mptcp->subflow->flags & SUBFLOW_IS_MPTCP &&
 	    mptcp->segment.flags & (TCP_FLAG_SYN | TCP_FLAG_FIN | TCP_FLAG_RST))
 		return true;
 	dss = mptcp_option(ctx, &mptcp->segment, mptcp->index, MPTCP_SUBTYPE_DSS, DSS_BASE);

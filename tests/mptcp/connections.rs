@@ -6,11 +6,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::net::{IpAddr, Shutdown, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use policy_chain::engine::sys;
 use policy_chain::testbed::{Announce, Options, Role};
@@ -174,7 +175,11 @@ fn as_the_sockets(announce: Announce) {
         for state in states.map(|it| it["state"].as_str().unwrap()) {
             assert!(["closing", "reset"].contains(&state), "{over:#}");
         }
-        assert_eq!(listed(&environment, Role::Client, &[]).len(), 1);
+        // The last ACK of a subflow that is closed already may leave by another device, and then
+        // seems to be a TCP connection there.
+        let mut left = listed(&environment, Role::Client, &[]);
+        left.retain(|it| it["mptcp"] == true);
+        assert_eq!(left.len(), 1, "{left:#?}");
         drop(second);
         environment.wait_subflows(Role::Client, 0);
     }
@@ -216,7 +221,11 @@ fn tokens_across_devices() {
     drop(connection);
     environment.wait_subflows(Role::Client, 0);
     // Another chain on another device, another action.
-    let report = chain(&["path1"], &["xdp", "tc-egress"], json!([{ "action": "report" }]));
+    let report = chain(
+        &["path1"],
+        &["xdp", "tc-egress"],
+        json!([{ "action": "report" }]),
+    );
     environment.apply(Role::Client, &report);
     let connection = MptcpConnection::joined(&environment, address);
     expect_as_sockets(&environment, &connection, Role::Client);
@@ -229,10 +238,11 @@ fn tokens_across_devices() {
         one["chains"][0]["selectors"] =
             json!([{ "selector": "mptcp_connection", "keys": [{ "token": hex(token) }] }]);
         environment.apply(Role::Client, &one);
-        let path = environment.testbed.path(2).unwrap().client.ipv4.to_string();
-        environment.run(Role::Client, "ip", &["mptcp", "endpoint", "change", "id", "1", "backup"]);
-        environment.run(Role::Client, "ip", &["mptcp", "endpoint", "change", "id", "1", "nobackup"]);
-        let _ = path;
+        // Has the client send something on path 2.
+        for flag in ["backup", "nobackup"] {
+            let arguments = ["mptcp", "endpoint", "change", "id", "1", flag];
+            environment.run(Role::Client, "ip", &arguments);
+        }
         environment.packets(Role::Client, "one")
     };
     assert!(packets(connection.token(Role::Client)) > 0);
@@ -262,10 +272,16 @@ fn plain_tcp() {
     let environment = Environment::direct();
     for address in server_addresses(&environment) {
         // Without `record`, only MPTCP is known.
-        environment.apply(Role::Client, &chain(&["path1"], &TC, json!([{ "action": "report" }])));
+        environment.apply(
+            Role::Client,
+            &chain(&["path1"], &TC, json!([{ "action": "report" }])),
+        );
         let unknown = Connection::open(&environment, address, 0);
         unknown.exchange(1);
-        assert_eq!(listed(&environment, Role::Client, &["--all"]), [Value::Null; 0]);
+        assert_eq!(
+            listed(&environment, Role::Client, &["--all"]),
+            [Value::Null; 0]
+        );
         environment.apply(Role::Client, &record(&["path1"]));
         let mut connection = Connection::open(&environment, address, 0);
         connection.transfer(LENGTH);
@@ -280,11 +296,20 @@ fn plain_tcp() {
             (bytes == bytes_of_socket(&environment, local)).then(|| found.clone())
         });
         assert_eq!(found["mptcp"], false);
-        assert_eq!((&found["local_token"], &found["remote_token"]), (&Value::Null, &Value::Null));
+        assert_eq!(
+            (&found["local_token"], &found["remote_token"]),
+            (&Value::Null, &Value::Null)
+        );
         let subflow = &found["subflows"][0];
         assert_eq!(socket_address(&subflow["local"]), local);
-        assert_eq!(socket_address(&subflow["remote"]), connection.client.peer_addr().unwrap());
-        assert_eq!((&subflow["state"], &subflow["joined"]), (&json!("open"), &json!(false)));
+        assert_eq!(
+            socket_address(&subflow["remote"]),
+            connection.client.peer_addr().unwrap()
+        );
+        assert_eq!(
+            (&subflow["state"], &subflow["joined"]),
+            (&json!("open"), &json!(false))
+        );
         for end in ["local", "remote"] {
             let end = &subflow[end];
             let packets = end["packets"].as_u64().unwrap();
@@ -296,6 +321,9 @@ fn plain_tcp() {
         drop(client);
         assert_eq!((&server).read(&mut [0; 1]).unwrap(), 0);
         drop(server);
+        assert_eq!(listed(&environment, Role::Client, &[]), [Value::Null; 0]);
+        let over = listed(&environment, Role::Client, &["--all"]);
+        assert_eq!(over[0]["subflows"][0]["state"], "closing", "{over:#?}");
         drop(unknown);
         environment.ok(Role::Client, &["delete", "--all"]);
     }
@@ -308,7 +336,9 @@ fn rates_and_round_trips() {
     let delays = [20.0, 5.0];
     let environment = Environment::with(&Options {
         rate: rates.map(|rate| rate as u32).to_vec(),
-        delay: delays.map(|delay| Duration::from_secs_f64(delay / 1e3)).to_vec(),
+        delay: delays
+            .map(|delay| Duration::from_secs_f64(delay / 1e3))
+            .to_vec(),
         ..mptcp_options(2, Announce::Subflow)
     });
     environment.apply(Role::Client, &record(&["path1", "path2"]));
@@ -324,24 +354,26 @@ fn rates_and_round_trips() {
             }
         });
         let check = || {
+            let sent = || connection.subflows(&environment, Role::Client);
+            let (before, begin) = (sent(), Instant::now());
             let list = environment.json(Role::Client, &["connections", "--json", "--over", "1s"]);
-            let list = list.as_array().unwrap().iter();
-            let found = list.clone().find(|it| it["local_token"] == hex(token)).unwrap();
-            let sockets = connection.subflows(&environment, Role::Client);
+            let (after, seconds) = (sent(), begin.elapsed().as_secs_f64());
+            let mut list = list.as_array().unwrap().iter();
+            let found = list.find(|it| it["local_token"] == hex(token)).unwrap();
             let of = |at: usize, member: &str| found["subflows"][at]["local"][member].clone();
-            let close = (0..2).all(|at| {
+            let close = (0..2).map(|at| {
                 let rate = of(at, "bits_per_second").as_f64().unwrap() / 1e6;
-                // In kernel and chain alike, the first round trips are the shortest.
+                let bytes = after[at].bytes_sent - before[at].bytes_sent;
+                let own_rate = bytes as f64 * 8.0 / 1e6 / seconds;
                 let rtt = of(at, "rtt_us")["min"].as_f64().unwrap_or(0.0) / 1e3;
-                let own = sockets[at].min_rtt.as_secs_f64() * 1e3;
-                eprintln!("path {}: {rate} Mbit/s, {rtt} ms, socket {own} ms", at + 1);
-                (rates[at] * 0.6..rates[at] * 1.2).contains(&rate)
+                let own_rtt = after[at].min_rtt.as_secs_f64() * 1e3;
+                eprintln!("{rate} and {own_rate} Mbit/s, {rtt} and {own_rtt} ms");
+                (own_rate * 0.6..own_rate * 1.6).contains(&rate)
+                    && (rates[at] * 0.2..rates[at] * 1.2).contains(&rate)
                     && (delays[at]..delays[at] * 1.5).contains(&rtt)
-                    && (own * 0.8..own * 1.25).contains(&rtt)
+                    && (own_rtt * 0.8..own_rtt * 1.25).contains(&rtt)
             });
-            let back = of(0, "retransmissions").as_u64().unwrap();
-            assert!(back < 1000, "{found:#}");
-            close.then_some(())
+            close.fold(true, |all, one| all & one).then_some(())
         };
         let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             eventually("rates and round trips are close", check);
@@ -404,17 +436,27 @@ fn holders(folder: &Path, keys: &[[u8; 8]]) -> BTreeSet<String> {
 }
 
 /// All of a ring buffer, read or not.
-fn ring(map: &std::os::fd::OwnedFd, size: u32) -> Vec<u8> {
-    use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-    let page = 4096;
-    let length = std::num::NonZeroUsize::new(size as usize).unwrap();
-    // SAFETY: a mapping of its own, read as bytes, and let go of.
+fn ring(map: &OwnedFd, size: u32) -> Vec<u8> {
+    const PAGE: i64 = 4096;
+    let size = size as usize;
+    // Behind the consumer's page and the producer's.
+    // SAFETY: a new mapping of what the kernel lets be read.
+    let begin = unsafe {
+        let (read, shared) = (libc::PROT_READ, libc::MAP_SHARED);
+        libc::mmap(
+            std::ptr::null_mut(),
+            size,
+            read,
+            shared,
+            map.as_raw_fd(),
+            2 * PAGE,
+        )
+    };
+    assert_ne!(begin, libc::MAP_FAILED);
+    // SAFETY: so many bytes are mapped, until they have been copied.
     unsafe {
-        let flags = MapFlags::MAP_SHARED;
-        // Behind the consumer's page and the producer's.
-        let begin = mmap(None, length, ProtFlags::PROT_READ, flags, map, 2 * page).unwrap();
-        let bytes = std::slice::from_raw_parts(begin.as_ptr().cast::<u8>(), length.get()).to_vec();
-        munmap(begin, length.get()).unwrap();
+        let bytes = std::slice::from_raw_parts(begin.cast::<u8>(), size).to_vec();
+        libc::munmap(begin, size);
         bytes
     }
 }
@@ -431,7 +473,11 @@ fn outputs(environment: &Environment, follower: &Follower) -> String {
         let output = environment.cli(Role::Client, arguments);
         all += &succeeded("a command", &output);
     }
-    for chain in environment.json(Role::Client, &["list", "--json"]).as_array().unwrap() {
+    for chain in environment
+        .json(Role::Client, &["list", "--json"])
+        .as_array()
+        .unwrap()
+    {
         let name = chain["name"].as_str().unwrap();
         all += &environment.ok(Role::Client, &["show", name]);
         all += &environment.ok(Role::Client, &["show", name, "--json"]);
@@ -476,7 +522,9 @@ fn keys_are_kept_only_while_needed() {
     let told = outputs(&environment, &follower);
     let forms = |key: &[u8; 8]| {
         let numbers = [u64::from_be_bytes(*key), u64::from_le_bytes(*key)];
-        numbers.map(|number| [format!("{number:x}"), number.to_string()]).concat()
+        numbers
+            .map(|number| [format!("{number:x}"), number.to_string()])
+            .concat()
     };
     for form in known.iter().flat_map(forms) {
         assert!(!told.contains(&form), "{form}: {told}");
@@ -491,7 +539,10 @@ fn keys_are_kept_only_while_needed() {
     let known = keys(&mut captures);
     let only = BTreeSet::from(["pcn_keys".to_owned()]);
     assert_eq!(holders(environment.folder(), &known), only);
-    for pin in pins(environment.folder()).iter().filter(|it| it.ends_with("pcn_keys")) {
+    for pin in pins(environment.folder())
+        .iter()
+        .filter(|it| it.ends_with("pcn_keys"))
+    {
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(pin), mode(pin.parent().unwrap())), (0o600, 0o700));
         assert_eq!(mode(environment.folder()), 0o700);
@@ -504,7 +555,11 @@ fn keys_are_kept_only_while_needed() {
     let objects = Objects::below(environment.folder());
     environment.ok(Role::Client, &["delete", "add"]);
     assert_eq!(holders(environment.folder(), &known), nobody);
-    assert!(pins(environment.folder()).iter().all(|it| !it.ends_with("pcn_keys")));
+    assert!(
+        pins(environment.folder())
+            .iter()
+            .all(|it| !it.ends_with("pcn_keys"))
+    );
     eventually("the map of keys is gone", || {
         let maps = objects.alive().maps.into_iter();
         let mut maps = maps.filter_map(|id| sys::map_by_id(id).and_then(sys::map_info).ok());

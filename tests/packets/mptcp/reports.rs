@@ -182,6 +182,12 @@ fn record_knows_subflows_and_tcp() {
         assert_eq!((found.flags, found.initiator_is_client), (0, None));
         assert_eq!((found.client.packets, found.client.bytes), (2, 4));
         assert_eq!((found.server.packets, found.server.bytes), (1, 0));
+        // FIN, RST; by which it does not become MPTCP
+        for (flags, wanted) in [(FIN | ACK, 16), (RST, 16 | 32)] {
+            let end = plain.clone().sequence(6).flags(flags);
+            check_rows(&mut bench, "TCP", &[same("its end", &end)]);
+            assert_eq!(known(&bench, &plain).unwrap().flags, wanted);
+        }
         check_rows(
             &mut bench,
             "not TCP",
