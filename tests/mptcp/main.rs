@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod agent;
 mod connections;
 mod events;
 mod examples;
