@@ -103,6 +103,11 @@ ACTION(record,
 	own = subflow_end(mptcp.subflow, mptcp.sender);
 	peer = subflow_end(mptcp.subflow, !mptcp.sender);
 	own->seen_at = now;
+	/* Of MPTCP, the learner has taken note. */
+	if (mptcp.segment.flags & TCP_FLAG_FIN)
+		mptcp.subflow->flags |= SUBFLOW_FIN;
+	if (mptcp.segment.flags & TCP_FLAG_RST)
+		mptcp.subflow->flags |= SUBFLOW_RESET;
 	takes = !segment_is_bare(&mptcp.segment) ||
 		mptcp.segment.flags & (TCP_FLAG_SYN | TCP_FLAG_FIN);
 	count_segment(ctx, own, &mptcp.segment, sequence);

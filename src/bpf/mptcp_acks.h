@@ -22,7 +22,10 @@ struct {
 	__type(value, struct saved_ack);
 } pc_ack SEC(".maps");
 
-/* Saves the headers of a segment, unless it is older than what is saved. */
+/*
+ * Saves the headers of a segment, unless it is older than what is saved. Those with keys of the
+ * connection are not: keys are kept by pcn_keys alone.
+ */
 static __always_inline void ack_save(hook_ctx *ctx, const struct mptcp_segment *mptcp)
 {
 	struct ack_key key = { .flow = mptcp->flow, .sender = mptcp->sender };
@@ -32,7 +35,9 @@ static __always_inline void ack_save(hook_ctx *ctx, const struct mptcp_segment *
 	__u32 zero = 0, length = segment->at.transport + segment->header;
 
 	if (!tcp || segment->at.fragmented || length > SAVED_ACK_MAX ||
-	    segment->flags & (TCP_FLAG_SYN | TCP_FLAG_FIN | TCP_FLAG_RST))
+	    segment->flags & (TCP_FLAG_SYN | TCP_FLAG_FIN | TCP_FLAG_RST) ||
+	    mptcp_has(mptcp->index, MPTCP_SUBTYPE_MP_CAPABLE) ||
+	    mptcp_has(mptcp->index, MPTCP_SUBTYPE_MP_FASTCLOSE))
 		return;
 	ack = bpf_map_lookup_elem(&pc_ack, &zero);
 	if (!ack)

@@ -37,6 +37,9 @@ enum subflow_flags {
 	SUBFLOW_RESET = 1 << 5,		/* an end has sent RST */
 };
 
+/* Without any of these it is plain TCP, which the action `record` alone keeps count of. */
+#define SUBFLOW_IS_MPTCP (SUBFLOW_OFFERED | SUBFLOW_JOIN | SUBFLOW_ACCEPTED | SUBFLOW_ESTABLISHED)
+
 /* A TCP connection by itself, or a subflow of an MPTCP connection. Key: struct flow_id. */
 struct subflow {
 	__u32 flags;		/* enum subflow_flags */

@@ -80,7 +80,8 @@ static __always_inline enum reason mptcp_parse(hook_ctx *ctx, struct mptcp_segme
 		return reason;
 	mptcp->index = mptcp_index(ctx, &mptcp->segment);
 	mptcp->subflow = bpf_map_lookup_elem(&pcd_subflows, &mptcp->flow);
-	return mptcp->subflow && mptcp->subflow->flags ? REASON_NONE : REASON_NOT_MPTCP;
+	return mptcp->subflow && mptcp->subflow->flags & SUBFLOW_IS_MPTCP ? REASON_NONE :
+									    REASON_NOT_MPTCP;
 }
 
 /*

@@ -45,14 +45,14 @@ impl Objects {
             for map in info.map_ids {
                 let info = sys::map_by_id(map).and_then(sys::map_info);
                 if let Ok(info) = info {
-                    assert!(info.name.starts_with("pc_"), "map {}", info.name);
+                    assert!(is_ours(&info.name), "map {}", info.name);
                 }
                 self.maps.insert(map);
             }
         } else if let Ok(info) = sys::link_info(object) {
             self.links.insert(info.id);
         } else if let Ok(info) = sys::map_info(object) {
-            assert!(info.name.starts_with("pc_"), "map {}", info.name);
+            assert!(is_ours(&info.name), "map {}", info.name);
             self.maps.insert(info.id);
             if info.kind == MapType::ProgArray {
                 for (_, program) in programs_of(object) {
@@ -87,6 +87,12 @@ impl Objects {
     pub fn len(&self) -> usize {
         self.programs.len() + self.maps.len() + self.links.len()
     }
+}
+
+/// `pcd_` and `pcn_` are maps that are kept a device, and a namespace.
+fn is_ours(map: &str) -> bool {
+    let prefixes = ["pc_", "pcd_", "pcn_"];
+    prefixes.iter().any(|prefix| map.starts_with(prefix))
 }
 
 fn both(ids: &BTreeSet<u32>, living: sys::Ids) -> BTreeSet<u32> {

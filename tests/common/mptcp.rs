@@ -207,15 +207,7 @@ impl MptcpConnection {
     ) -> io::Result<MptcpConnection> {
         let listener = listen(environment, server, port);
         let goal = SocketAddr::new(server, listener.local_addr()?.port());
-        let connect = || -> io::Result<TcpStream> {
-            let socket = mptcp_socket(&goal)?;
-            socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(goal))?;
-            Ok(socket.into())
-        };
-        let client = environment
-            .namespace(Role::Client)
-            .enter(connect)
-            .unwrap()?;
+        let client = connect(environment, goal)?;
         let (server, _) = listener.accept()?;
         for stream in [&client, &server] {
             stream.set_read_timeout(Some(TIMEOUT))?;
@@ -384,6 +376,16 @@ fn listen(environment: &Environment, server: IpAddr, port: u16) -> TcpListener {
     };
     let listener = environment.namespace(Role::Server).enter(open).unwrap();
     listener.unwrap_or_else(|error| panic!("listen on {address}: {error}"))
+}
+
+/// Connects the client by an MPTCP socket; whether the other side speaks MPTCP is open.
+pub fn connect(environment: &Environment, goal: SocketAddr) -> io::Result<TcpStream> {
+    let connect = || -> io::Result<TcpStream> {
+        let socket = mptcp_socket(&goal)?;
+        socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(goal))?;
+        Ok(socket.into())
+    };
+    environment.namespace(Role::Client).enter(connect).unwrap()
 }
 
 /// A socket that gives up connecting, and accepting, after [`TIMEOUT`].

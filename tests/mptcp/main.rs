@@ -6,6 +6,11 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod agent;
+mod connections;
 mod effects;
+mod events;
 mod examples;
+mod follower;
 mod testbed;
+mod tshark;

@@ -12,6 +12,7 @@ mod devices;
 mod flood;
 mod generations;
 mod jit;
+mod learn;
 mod matrix;
 mod verdicts;
 mod windows;

@@ -28,6 +28,7 @@ const DSS: u8 = 0x20;
 const ADD_ADDR: u8 = 0x30;
 const REMOVE_ADDR: u8 = 0x40;
 const MP_PRIO: u8 = 0x50;
+const MP_FASTCLOSE: u8 = 0x70;
 const MP_TCPRST: u8 = 0x80;
 
 /// Bits of the fourth byte of a DSS option.

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Processes that follow events.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+
+use policy_chain::testbed::Role;
+use serde_json::Value;
+
+use crate::common::{Environment, eventually, text};
+
+/// `policy-chain events --json`, killed when dropped.
+pub struct Follower {
+    child: Child,
+    printed: PathBuf,
+}
+
+impl Follower {
+    /// Starts one, and waits until it is to have every event from now on.
+    pub fn start(environment: &Environment, role: Role, more: &[&str]) -> Follower {
+        let before = followers(environment, role);
+        let name = format!("events-{role}-{before}");
+        let printed = environment.files.path().join(name);
+        let child = environment
+            .command(role, &[&["events", "--json"], more].concat())
+            .stdout(File::create(&printed).unwrap())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        let follower = Follower { child, printed };
+        eventually("it follows", || {
+            (followers(environment, role) > before).then_some(())
+        });
+        follower
+    }
+
+    /// What it has printed, as far as the lines are complete.
+    pub fn lines(&self) -> Vec<String> {
+        let printed = text(&fs::read(&self.printed).unwrap());
+        let lines = printed
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'));
+        lines.map(|line| line.trim_end().to_owned()).collect()
+    }
+
+    pub fn events(&self) -> Vec<Value> {
+        let lines = self.lines();
+        let events = lines.iter().map(|line| serde_json::from_str(line));
+        events.collect::<Result<_, _>>().unwrap()
+    }
+
+    /// Waits until it has told of so many events of a kind, and of nothing lost.
+    #[track_caller]
+    pub fn wait(&self, kind: &str, count: usize) {
+        eventually(&format!("{count} times {kind}"), || {
+            let events = self.events();
+            assert!(events.iter().all(|it| it["event"] != "lost"), "{events:?}");
+            let seen = events.iter().filter(|it| it["event"] == kind).count();
+            (seen >= count).then_some(())
+        });
+    }
+
+    /// By SIGKILL.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Connections to the socket of events in a namespace: one a follower, that of the reader too.
+pub fn followers(environment: &Environment, role: Role) -> usize {
+    const CONNECTED: &str = "03";
+    let name = format!("@policy-chain/events{}", environment.folder().display());
+    let sockets = || fs::read_to_string("/proc/thread-self/net/unix").unwrap();
+    let sockets = environment.namespace(role).enter(sockets).unwrap();
+    let lines = sockets.lines().filter(|line| line.ends_with(&name));
+    lines
+        .filter(|line| line.split_whitespace().nth(5) == Some(CONNECTED))
+        .count()
+}
