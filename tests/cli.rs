@@ -164,6 +164,159 @@ fn unknown_keys_and_policies() {
 }
 
 #[test]
+fn how_often_actions_are_done() {
+    let counted = |how: Value| {
+        let mut action = json!({ "action": "count" });
+        let members = action.as_object_mut().unwrap();
+        members.extend(how.as_object().unwrap().clone());
+        one_chain(json!([]), json!([action])).to_string()
+    };
+    for (how, words) in [
+        (
+            json!({ "once": 1 }),
+            &["actions[0].once", "true or false"][..],
+        ),
+        (
+            json!({ "first": 0 }),
+            &["actions[0].first", "found:    0", "from 1 to 4294967295"],
+        ),
+        (json!({ "first": 1.5 }), &["actions[0].first", "1.5"]),
+        (
+            json!({ "every": "0s" }),
+            &["actions[0].every", "\"0s\"", "above 0"],
+        ),
+        (
+            json!({ "every": "soon" }),
+            &["actions[0].every", "\"soon\"", "\"5s\""],
+        ),
+        (json!({ "every": 5 }), &["actions[0].every", "found:    5"]),
+        (
+            json!({ "once": true, "first": 3 }),
+            &[
+                "actions[0].first",
+                "both \"once\" and \"first\"",
+                "one of",
+                "do: ",
+            ],
+        ),
+        (
+            json!({ "first": 3, "every": "5s" }),
+            &["actions[0].every", "both \"first\" and \"every\""],
+        ),
+        (
+            json!({ "onse": true }),
+            &["actions[0].onse", "\"once\", \"every\" or \"first\""],
+        ),
+    ] {
+        refused(counted(how), words);
+    }
+    let files = Files::new();
+    for how in [
+        json!({ "once": true }),
+        json!({ "once": false }),
+        json!({ "first": 4294967295u32 }),
+        json!({ "every": "1ns" }),
+    ] {
+        let file = files.write("good.json", counted(how));
+        succeeded("check", &run(&["check", file.to_str().unwrap()]));
+    }
+}
+
+#[test]
+fn tokens_of_connections() {
+    let keyed = |keys: Value| {
+        let selector = json!({ "selector": "mptcp_connection", "keys": keys });
+        one_chain(json!([selector]), json!([])).to_string()
+    };
+    for wrong in [
+        json!("xyz"),
+        json!("123456789"),
+        json!(""),
+        json!("0"),
+        json!(5),
+        json!("-1"),
+    ] {
+        let words = ["keys[0].token", "1 to 8 hex digits", "ss -tniM"];
+        refused(keyed(json!([{ "token": wrong }])), &words);
+    }
+    refused(
+        keyed(json!([{ "token": "1a" }, { "token": "0000001A" }])),
+        &["keys[1]", "each key once"],
+    );
+    refused(
+        keyed(json!([{ "tokn": "1" }])),
+        &["keys[0].tokn", "did you mean \"token\"?"],
+    );
+    let bare = one_chain(json!([{ "selector": "mptcp_connection" }]), json!([]));
+    refused(
+        bare.to_string(),
+        &["selectors[0]", "without keys", "of kind connection"],
+    );
+    let files = Files::new();
+    let file = files.write(
+        "good.json",
+        keyed(json!([{ "token": "5F2A01c7" }, { "token": "1" }])),
+    );
+    succeeded("check", &run(&["check", file.to_str().unwrap()]));
+}
+
+#[test]
+fn watching_commands() {
+    for (command, words) in [
+        (
+            "connections",
+            &["--all", "--over <TIME>", "500ms", "--json", "\"record\""][..],
+        ),
+        (
+            "events",
+            &[
+                "--count <N>",
+                "--timeout <TIME>",
+                "--wait",
+                "--json",
+                "`report`",
+            ],
+        ),
+        ("agent", &["until interrupted", "--bpffs <DIR>"]),
+    ] {
+        let help = succeeded(command, &run(&[command, "--help"]));
+        says(&help, words);
+        assert!(
+            help.lines().all(|line| line.chars().count() <= 100),
+            "{help}"
+        );
+    }
+    for (arguments, words) in [
+        (
+            &["connections", "--over", "fast"][..],
+            &["'fast'", "'--over <TIME>'"][..],
+        ),
+        (&["connections", "here"], &["'here'"]),
+        (&["events", "--count", "0"], &["'0'", "'--count <N>'"]),
+        (&["events", "--count", "-1"], &["'-1'"]),
+        (
+            &["events", "--timeout", "5"],
+            &["'5'", "'--timeout <TIME>'", "ms"],
+        ),
+        (&["agent", "path1"], &["'path1'"]),
+    ] {
+        says(&failed("usage", 2, &run(arguments)), words);
+    }
+    // No chain is no error, but where one has to be.
+    let environment = Environment::direct();
+    let nothing = environment.json(Role::Client, &["connections", "--json", "--over", "1ms"]);
+    assert_eq!(nothing, json!([]));
+    let nothing = environment.ok(Role::Client, &["connections", "--over", "1ms"]);
+    assert_eq!(nothing, "no connections are known here\n");
+    let message = environment.fails(Role::Client, 1, &["events"]);
+    says(
+        &message,
+        &["there are no events", "why: ", "do: ", "--wait"],
+    );
+    assert!(!environment.folder().exists());
+}
+
+#[test]
 fn values_out_of_range() {
     let action = |action: Value| one_chain(json!([]), json!([action])).to_string();
     let selector = |selector: Value| one_chain(json!([selector]), json!([])).to_string();
@@ -492,6 +645,10 @@ fn without_privileges() {
         &["show", "t"],
         &["delete", "--all"],
         &["set", "list"],
+        &["connections"],
+        &["events"],
+        &["events", "--wait"],
+        &["agent"],
         &["testbed", "up", "nobodys"],
     ] {
         let message = failed(&format!("{arguments:?}"), 3, &nobody(arguments));

@@ -22,6 +22,7 @@ has cc && compiles libelf.h && compiles zlib.h || missing="$missing libelf-dev"
 has clang || missing="$missing clang"
 has ip && has tc || missing="$missing iproute2"
 has ethtool || missing="$missing ethtool"
+has tshark || missing="$missing tshark"
 # names of ports
 [ -e /etc/services ] || missing="$missing netbase"
 

@@ -198,11 +198,15 @@ fn key_arguments(layout: &Layout) -> String {
     let line = |name: &str, text: &str| hanging(&format!("  {name:width$}  "), text);
     line("arg", "the element's number, for {\"from\": \"element\"}")
         + &line("chain", "instead of arg: the chain a goto enters")
+        + &line(
+            "expire",
+            "in a set: how long the element counts, such as 30s; for good if absent",
+        )
 }
 
 fn name_width(layout: &Layout) -> usize {
     let longest = layout.fields.iter().map(|field| field.name.len()).max();
-    longest.unwrap_or(0).max("chain".len())
+    longest.unwrap_or(0).max("expire".len())
 }
 
 fn value_text(field: &Field, kind: Kind) -> String {
