@@ -312,7 +312,7 @@ impl Tally {
         least(self.tcp, 0.5, "whole TCP headers");
         least(self.matched, 0.4, "matched");
         least(self.changed, 0.06, "changed");
-        least(self.resized, 0.008, "of another length");
+        least(self.resized, 0.006, "of another length");
         for verdict in ["pass", "drop", "redirect"] {
             let count = self.verdicts.get(verdict).copied();
             least(count.unwrap_or_default(), 0.01, verdict);
