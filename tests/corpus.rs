@@ -187,6 +187,7 @@ fn everything_comes_out_sound() {
             "goto",
             "redirect-neighbour",
             "record",
+            "learn",
             "report",
         ]
         .contains(name);

@@ -8,6 +8,7 @@ struct params {
 	__u8 id __required __range(1, 255)
 		__doc("id of the address; one that the sender does not use for another");
 	port_t port __doc("port to connect to; that of the connection if absent");
+	duration_t apart __default("100ms") __doc(APART_DOC);
 };
 PARAMS;
 
@@ -63,7 +64,8 @@ ACTION(add_subflow,
 	__u8 message[HMAC_MESSAGE_MAX] = {};
 	struct connection_keys *keys;
 	__be64 hmac;
-	__u32 token, size, failed;
+	struct subflow_end *own;
+	__u32 size, failed;
 
 	if (reason)
 		return SKIP(reason);
@@ -71,8 +73,10 @@ ACTION(add_subflow,
 		return SKIP(REASON_HELPER_FAILED);
 	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_ADD_ADDR))
 		return SKIP(REASON_OPTION_PRESENT);
-	token = subflow_end(mptcp.subflow, mptcp.sender)->token;
-	keys = bpf_map_lookup_elem(&pcn_keys, &token);
+	own = subflow_end(mptcp.subflow, mptcp.sender);
+	if (announced_lately(own, params.apart))
+		return SKIP(REASON_NOT_DUE);
+	keys = bpf_map_lookup_elem(&pcn_keys, &own->token);
 	if (!keys)
 		return SKIP(REASON_NO_KEYS);
 	announcement(message, PARAM(id), is_v4);
@@ -83,5 +87,8 @@ ACTION(add_subflow,
 	if (failed)
 		return SKIP(REASON_HELPER_FAILED);
 	size = add_addr_write(scratch->insert, message, hmac, is_v4);
-	return done_or_skip(mptcp_add(ctx, &mptcp, scratch, size));
+	reason = mptcp_add(ctx, &mptcp, scratch, size);
+	if (!reason)
+		own->announced_at = bpf_ktime_get_ns();
+	return done_or_skip(reason);
 }

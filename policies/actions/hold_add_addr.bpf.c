@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #include "policy.h"
 #include "held.h"
+#include "mptcp_acks.h" /* for when a chain is to give it back */
 #include "mptcp_strip.h"
 
 static const struct held_options nothing_held;

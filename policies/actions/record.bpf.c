@@ -39,7 +39,8 @@ static __always_inline void rtt_sample(struct subflow_end *end, __u64 rtt)
 
 /*
  * Passive round-trip times: a segment that has to be acknowledged is waited for by its timestamp,
- * one at a time, and the first echo of it is the answer.
+ * one at a time, and the first echo of it is the answer. Only the first segment with a timestamp
+ * will do: clocks tick slowly, and the echo may be of any that has it.
  */
 static __always_inline void rtt_follow(struct subflow_end *own, struct subflow_end *peer,
 				       const struct stamps *stamps, bool to_acknowledge, bool ack,
@@ -53,10 +54,12 @@ static __always_inline void rtt_follow(struct subflow_end *own, struct subflow_e
 		if (past >= 0)
 			peer->stamped_at = 0;
 	}
-	if (to_acknowledge && now - own->stamped_at > (own->stamped_at ? STAMP_LIFETIME : 0)) {
+	if (to_acknowledge && stamps->value != own->latest &&
+	    now - own->stamped_at > (own->stamped_at ? STAMP_LIFETIME : 0)) {
 		own->stamp = stamps->value;
 		own->stamped_at = now;
 	}
+	own->latest = stamps->value;
 }
 
 static __always_inline void count_segment(hook_ctx *ctx, struct subflow_end *own,

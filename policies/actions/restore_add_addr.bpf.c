@@ -5,6 +5,7 @@
 
 struct params {
 	duration_t after __doc("how long it is held, from when it was first taken out");
+	duration_t apart __default("100ms") __doc(APART_DOC);
 };
 PARAMS;
 
@@ -32,6 +33,7 @@ ACTION(restore_add_addr, "give back what hold_add_addr holds, one address on a p
 	struct options_scratch *scratch = tcp_options_scratch();
 	struct mptcp_segment mptcp = {};
 	enum reason reason = mptcp_parse_to_add(ctx, &mptcp);
+	struct subflow_end *own;
 	struct held_option *held;
 	__u32 size;
 
@@ -44,12 +46,17 @@ ACTION(restore_add_addr, "give back what hold_add_addr holds, one address on a p
 		return SKIP(REASON_NOT_HELD);
 	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_ADD_ADDR))
 		return SKIP(REASON_OPTION_PRESENT);
+	own = subflow_end(mptcp.subflow, mptcp.sender);
+	if (announced_lately(own, params.apart))
+		return SKIP(REASON_NOT_DUE);
 	size = held->length;
 	if (size > HELD_MAX)
 		return SKIP(REASON_BAD_OPTION);
 	__builtin_memcpy(scratch->insert, held->option, HELD_MAX);
 	reason = mptcp_add(ctx, &mptcp, scratch, size);
-	if (!reason)
+	if (!reason) {
 		held->length = 0;
+		own->announced_at = bpf_ktime_get_ns();
+	}
 	return done_or_skip(reason);
 }

@@ -29,6 +29,8 @@ use crate::spec::Mode;
 
 const ACKS: &str = "pcd_acks";
 const HELD: &str = "pcd_held";
+/// The action that waits for its time.
+const RESTORE: &str = "restore_add_addr";
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_millis(150);
@@ -126,7 +128,9 @@ impl Injector {
     fn attachment(&mut self, attachment: &Attachment) -> Result<usize> {
         let acks = attachment.kept(ACKS)?;
         let subflows = attachment.kept(SUBFLOWS)?;
-        let held = match attachment.keeps(HELD) {
+        let mut nodes = attachment.record.nodes.iter();
+        let restores = nodes.any(|node| node.policy == RESTORE);
+        let held = match restores && attachment.keeps(HELD) {
             true => Some(attachment.kept(HELD)?),
             false => None,
         };

@@ -14,10 +14,12 @@ struct subflow_end {
 	__u64 retransmissions;	/* segments that begin before what it had sent already */
 	__u64 seen_at;		/* its last packet; nanoseconds of CLOCK_MONOTONIC, as all times here */
 	__u64 stamped_at;	/* the segment with the timestamp `stamp`; 0: none is waited for */
+	__u64 announced_at;	/* an address, by a chain; 0: never */
 	__u64 rtt_min;		/* from this device to the other end and back, nanoseconds; 0: unknown */
 	__u64 rtt_smoothed;	/* RFC 6298, 2: each sample counts for an eighth */
 	__u64 rtt_last;
 	__u32 stamp;
+	__u32 latest;		/* timestamp of its last segment */
 	__u32 sequence_end;	/* behind the last byte it has sent */
 	__u32 token;		/* its token of the connection (RFC 8684, 3.1); 0: unknown */
 	__u8 counted;		/* sequence_end is known */
@@ -25,6 +27,7 @@ struct subflow_end {
 	__u8 address_id;	/* of its address, as it joined with; 0 on the first subflow */
 	__u8 data_seen;		/* DSS options it has sent, counted up to 2: with one, the other end
 				   takes MPTCP for established */
+	__u8 pad[4];
 };
 
 enum subflow_flags {

@@ -105,6 +105,19 @@ static __always_inline enum reason mptcp_parse_to_add(hook_ctx *ctx, struct mptc
 								       REASON_NOT_MPTCP;
 }
 
+/*
+ * A receiver that is still busy with an announcement drops the next one, which nobody would repeat:
+ * so they come apart by `apart` nanoseconds.
+ */
+#define APART_DOC                                                                          \
+	"least time between two addresses told on a subflow: Linux drops one that comes while " \
+	"it is busy with another"
+
+static __always_inline bool announced_lately(const struct subflow_end *own, __u64 apart)
+{
+	return own->announced_at && bpf_ktime_get_ns() - own->announced_at < apart;
+}
+
 /* As mptcp_insert(), on a segment from mptcp_parse_to_add(). */
 static __always_inline enum reason mptcp_add(hook_ctx *ctx, const struct mptcp_segment *mptcp,
 					     struct options_scratch *scratch, __u32 size)

@@ -9,10 +9,11 @@ use serde_json::{Map, Value};
 
 use crate::layers;
 use crate::options;
+use crate::signals;
 use crate::sums::Kind;
 
 /// Policies and their parameters, in the order of the registry.
-pub const SELECTORS: [(&str, &[&str]); 6] = [
+pub const SELECTORS: [(&str, &[&str]); 8] = [
     (
         "flow",
         &[
@@ -29,6 +30,18 @@ pub const SELECTORS: [(&str, &[&str]); 6] = [
         ],
     ),
     ("ip_pair", &["local", "remote", "src", "dst", "reverse"]),
+    (
+        "mptcp",
+        &[
+            "subtype",
+            "version",
+            "flags",
+            "backup",
+            "echo",
+            "address_id",
+        ],
+    ),
+    ("mptcp_connection", &[]),
     ("prefix", &["local", "remote", "src", "dst", "end"]),
     (
         "service",
@@ -38,16 +51,25 @@ pub const SELECTORS: [(&str, &[&str]); 6] = [
     ("tcp_flags", &["all", "any", "none"]),
 ];
 
-pub const ACTIONS: [(&str, &[&str]); 9] = [
+pub const ACTIONS: [(&str, &[&str]); 18] = [
+    ("add_subflow", &["address", "id", "port", "apart"]),
     ("count", &[]),
     ("drop", &[]),
     ("goto", &["chain"]),
+    ("hold_add_addr", &[]),
     ("insert_option", &["kind", "data", "again"]),
+    ("learn", &["expire"]),
+    ("mp_prio", &["backup"]),
     ("pass", &[]),
+    ("record", &[]),
     ("redirect", &["device", "neighbour", "src_mac", "dst_mac"]),
+    ("remove_addr", &["id", "unsafe"]),
+    ("report", &[]),
+    ("reset_subflow", &["reason", "transient"]),
+    ("restore_add_addr", &["after", "apart"]),
     ("set_mss", &["bytes", "mode"]),
     ("set_window", &["bytes", "raw", "max"]),
-    ("strip_option", &["kind", "subtype", "mode"]),
+    ("strip_option", &["kind", "subtype", "mode", "unsafe"]),
 ];
 
 pub struct File(pub BTreeMap<String, Chain>);
@@ -75,6 +97,8 @@ pub struct Selector {
     pub conditions: Vec<Condition>,
     /// One must be the packet's.
     pub keys: Option<Vec<Key>>,
+    /// An MPTCP option must be there.
+    pub signal: Option<signals::Wanted>,
 }
 
 /// How far a selector looks into a packet.
@@ -85,6 +109,10 @@ pub enum Asks {
     /// Ports, and nothing of a packet that has none.
     PortsOnly,
     Tcp,
+    /// Its MPTCP options.
+    Signals,
+    /// The tokens of its MPTCP connection.
+    Tokens,
 }
 
 /// An end of a packet.
@@ -108,6 +136,7 @@ pub enum Condition {
 
 pub struct Key {
     pub conditions: Vec<Condition>,
+    pub token: Option<u32>,
     pub argument: Option<Argument>,
 }
 
@@ -130,7 +159,16 @@ pub struct Ports(Vec<(u16, u16)>);
 pub struct Action {
     pub policy: String,
     pub on_error: OnError,
+    pub turns: Turns,
     pub what: What,
+}
+
+/// How often it is done to packets of a flow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Turns {
+    /// To every packet, whatever it is.
+    Always,
+    First(u64),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -168,8 +206,40 @@ pub enum What {
     StripOption {
         kind: Number,
         subtype: Option<u8>,
-        remove: bool,
+        mode: Mode,
+        sure: bool,
     },
+    AddSubflow {
+        address: IpAddr,
+        id: Number,
+        port: Option<u16>,
+    },
+    HoldAddAddr,
+    MpPrio {
+        backup: bool,
+    },
+    Record,
+    Learn,
+    RemoveAddr {
+        id: Number,
+        sure: bool,
+    },
+    Report,
+    ResetSubflow {
+        reason: u8,
+        transient: bool,
+    },
+    RestoreAddAddr {
+        /// Longer than any test takes.
+        never: bool,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Auto,
+    Nop,
+    Remove,
 }
 
 /// A parameter: its value, or the element's argument.
@@ -302,6 +372,47 @@ fn subtype(value: &Value) -> Option<u8> {
         Some("any") => None,
         Some(name) => Some(NAMES.iter().position(|known| *known == name).unwrap() as u8),
         None => Some(value.as_u64().unwrap() as u8),
+    }
+}
+
+/// Spans that are over at once, and those that no test waits for.
+fn is_long(span: &str) -> bool {
+    match span {
+        "1ns" => false,
+        "1h" => true,
+        _ => panic!("the model does not know a span of {span}"),
+    }
+}
+
+fn turns(members: &mut Members, by_default: Turns) -> Turns {
+    let once = members.get("once").map(|it| it.as_bool().unwrap());
+    let first = members.get("first").map(|it| it.as_u64().unwrap());
+    let every = members.text("every").map(is_long);
+    match (once, first, every) {
+        (None, None, None) => by_default,
+        (Some(true), ..) | (.., Some(true)) => Turns::First(1),
+        (_, Some(count), _) => Turns::First(count),
+        (.., Some(false)) => Turns::First(u64::MAX),
+        (Some(false), ..) => Turns::Always,
+    }
+}
+
+/// RFC 8684, 3.6.
+fn reset_reason(value: Option<&Value>) -> u8 {
+    const NAMES: [&str; 7] = [
+        "unspecified",
+        "mptcp_error",
+        "lack_of_resources",
+        "administrative",
+        "too_much_data",
+        "unacceptable_performance",
+        "middlebox",
+    ];
+    let named = |name: &str| NAMES.iter().position(|known| *known == name).unwrap() as u8;
+    match value {
+        None => named("administrative"),
+        Some(Value::String(name)) => named(name),
+        Some(number) => number.as_u64().unwrap() as u8,
     }
 }
 
@@ -482,6 +593,7 @@ impl Selector {
         let mut conditions = Vec::new();
         let mut end = End::Remote;
         let mut reverse = false;
+        let mut signal = None;
         let asks = match policy.as_str() {
             "tcp" => {
                 conditions.push(Condition::Protocol(6));
@@ -524,6 +636,20 @@ impl Selector {
                 end = End::named(members.text("end"), End::Local);
                 Asks::PortsOnly
             }
+            "mptcp" => {
+                let byte = |value: &Value| value.as_u64().unwrap() as u8;
+                let named = |value: &Value| subtype(value).unwrap();
+                signal = Some(signals::Wanted {
+                    subtypes: signals::numbers(members.get("subtype"), named),
+                    versions: signals::numbers(members.get("version"), byte),
+                    flags: members.get("flags").map_or(0, byte),
+                    backup: signals::bit(members.text("backup")),
+                    echo: signals::bit(members.text("echo")),
+                    ids: signals::numbers(members.get("address_id"), byte),
+                });
+                Asks::Signals
+            }
+            "mptcp_connection" => Asks::Tokens,
             _ => panic!("the model does not know the selector {policy}"),
         };
         members.end();
@@ -533,6 +659,7 @@ impl Selector {
             asks,
             conditions,
             keys: keys.map(|keys| keys.iter().map(key).collect()),
+            signal,
             policy,
         };
         (or, selector)
@@ -570,6 +697,8 @@ impl Key {
             let number = members.get("protocol").map_or(6, protocol);
             conditions.push(Condition::Protocol(number));
         }
+        let token = members.text("token");
+        let token = token.map(|digits| u32::from_str_radix(digits, 16).unwrap());
         let number = members.get("arg");
         let chain = members.text("chain");
         let argument = match (number, chain) {
@@ -580,6 +709,7 @@ impl Key {
         members.end();
         Key {
             conditions,
+            token,
             argument,
         }
     }
@@ -638,18 +768,55 @@ impl Action {
             "strip_option" => What::StripOption {
                 kind: option_kind(members.get("kind").unwrap()),
                 subtype: members.get("subtype").and_then(subtype),
-                remove: match members.text("mode") {
-                    None | Some("nop") => false,
-                    Some("remove") => true,
+                mode: match members.text("mode") {
+                    None | Some("auto") => Mode::Auto,
+                    Some("nop") => Mode::Nop,
+                    Some("remove") => Mode::Remove,
                     Some(mode) => panic!("the model does not know mode: {mode}"),
                 },
+                sure: members.flag("unsafe"),
+            },
+            "add_subflow" => What::AddSubflow {
+                address: members.text("address").unwrap().parse().unwrap(),
+                id: number(members.get("id").unwrap()),
+                port: members.get("port").map(|it| it.as_u64().unwrap() as u16),
+            },
+            "hold_add_addr" => What::HoldAddAddr,
+            "mp_prio" => What::MpPrio {
+                backup: members.get("backup").unwrap().as_bool().unwrap(),
+            },
+            "learn" => {
+                members.text("set").unwrap();
+                What::Learn
+            }
+            "record" => What::Record,
+            "remove_addr" => What::RemoveAddr {
+                id: number(members.get("id").unwrap()),
+                sure: members.flag("unsafe"),
+            },
+            "report" => What::Report,
+            "reset_subflow" => What::ResetSubflow {
+                reason: reset_reason(members.get("reason")),
+                transient: members.flag("transient"),
+            },
+            "restore_add_addr" => What::RestoreAddAddr {
+                never: members.text("after").is_some_and(is_long),
             },
             _ => panic!("the model does not know the action {policy}"),
         };
+        // There is no clock here.
+        assert!(members.text("apart").is_none_or(|apart| apart == "0ns"));
+        let once = ["add_subflow", "mp_prio", "remove_addr"].contains(&policy.as_str());
+        let by_default = match once {
+            true => Turns::First(1),
+            false => Turns::Always,
+        };
+        let turns = turns(&mut members, by_default);
         members.end();
         Action {
             policy,
             on_error,
+            turns,
             what,
         }
     }

@@ -9,8 +9,9 @@ use proptest::sample::select;
 use serde_json::{Map, Value, json};
 
 use crate::differential::GONE;
-use crate::generate_packets::{ADDRESSES, CONNECTIONS, PORTS};
+use crate::generate_packets::{ADDRESSES, CONNECTIONS, MPTCP_KEYS, PORTS};
 use crate::judge::MAIN;
+use crate::subflows::token;
 use crate::world::DEVICE;
 
 /// What keys carry.
@@ -325,9 +326,78 @@ fn tcp_flags() -> BoxedStrategy<Value> {
         .boxed()
 }
 
+fn mptcp() -> BoxedStrategy<Value> {
+    let subtypes = || {
+        prop_oneof![
+            3 => select(vec![json!("dss"), json!("add_addr"), json!("mp_capable")]),
+            1 => (0..16u8).prop_map(Value::from),
+        ]
+    };
+    let subtypes = prop_oneof![subtypes(), vec(subtypes(), 1..5).prop_map(Value::from)];
+    let ids = prop_oneof![
+        select(vec![json!(87), json!(1), json!(0)]),
+        vec(
+            select(vec![json!(17), json!(116), json!(87), json!(9)]),
+            1..5
+        )
+        .prop_map(Value::from),
+    ];
+    let bit = || select(vec!["set", "clear", "any"]);
+    let parts = (
+        weighted(0.5, subtypes),
+        weighted(0.1, select(vec![json!(1), json!(0), json!([0, 2])])),
+        weighted(0.1, select(vec![1u8, 4, 0x11, 0x50]).prop_map(Value::from)),
+        weighted(0.1, bit().prop_map(Value::from)),
+        weighted(0.1, bit().prop_map(Value::from)),
+        weighted(0.15, ids),
+    );
+    parts
+        .prop_map(|(subtype, version, flags, backup, echo, ids)| {
+            object(vec![
+                ("selector", Some("mptcp".into())),
+                ("subtype", subtype),
+                ("version", version),
+                ("flags", flags),
+                ("backup", backup),
+                ("echo", echo),
+                ("address_id", ids),
+            ])
+        })
+        .boxed()
+}
+
+/// One key where it carries something: which of a connection's two tokens counts is nobody's
+/// business.
+fn mptcp_connection(carries: Carries) -> BoxedStrategy<Value> {
+    let (own, peer) = MPTCP_KEYS.split_at(8);
+    // what options join by, too
+    let tokens = [token(own), token(peer), 0x7491_aecb, 1];
+    let tokens = select(tokens.map(|token| format!("{token:08x}")).to_vec());
+    let most = if carries == Carries::Nothing { 3 } else { 2 };
+    (
+        vec(tokens, 1..most),
+        select(&ARGUMENTS[..]),
+        select(&SUBS[..]),
+    )
+        .prop_map(move |(mut tokens, number, chain)| {
+            tokens.sort_unstable();
+            tokens.dedup();
+            let key = |token: &String| match carries {
+                Carries::Nothing => json!({ "token": token }),
+                Carries::Number => json!({ "token": token, "arg": number }),
+                Carries::Chain => json!({ "token": token, "chain": chain }),
+            };
+            let keys: Vec<Value> = tokens.iter().map(key).collect();
+            json!({ "selector": "mptcp_connection", "keys": keys })
+        })
+        .boxed()
+}
+
 fn selector(carries: Carries) -> BoxedStrategy<Value> {
     let which = prop_oneof![
         Just(json!({ "selector": "tcp" })),
+        mptcp(),
+        mptcp_connection(carries),
         tcp_flags(),
         flow(carries),
         ip_pair(carries),
@@ -428,16 +498,24 @@ fn strip_option(hook: Hook, carries: Carries) -> BoxedStrategy<Value> {
         Just(json!("any")),
     ];
     let kind = kind();
-    let remove = if hook.family() == Family::Xdp {
-        select(vec![json!("remove"), json!("nop")])
+    let mode = if hook.family() == Family::Xdp {
+        select(vec![json!("remove"), json!("nop"), json!("auto")])
     } else {
-        select(vec![json!("nop")])
+        select(vec![json!("nop"), json!("auto")])
     };
-    let subtype = weighted(0.1, subtype);
-    let parts = (number(carries, kind), subtype, weighted(0.7, remove));
+    let subtype = weighted(0.25, subtype);
+    let parts = (
+        number(carries, kind),
+        subtype,
+        weighted(0.7, mode),
+        maybe(any::<bool>()),
+    );
     parts
-        .prop_map(|(kind, subtype, mode)| {
+        .prop_map(|(kind, subtype, mode, sure)| {
+            let dss = [Some(json!("dss")), Some(json!(2))].contains(&subtype);
+            let sure = if dss { Some(true.into()) } else { sure };
             object(vec![
+                ("unsafe", sure),
                 ("action", Some("strip_option".into())),
                 ("kind", Some(kind)),
                 ("subtype", subtype),
@@ -486,6 +564,97 @@ fn redirect() -> BoxedStrategy<Value> {
         .boxed()
 }
 
+/// Actions on MPTCP subflows.
+fn on_subflows(carries: Carries) -> BoxedStrategy<Value> {
+    let id = prop_oneof![select(vec![1u8, 5, 87]), 1..=255u8];
+    let id = move || number(carries, id.clone().prop_map(Value::from));
+    let address = select(vec!["192.0.2.9", "2001:db8::9"]);
+    let port = maybe(select(vec![80u16, 5201]));
+    let add = (address, id(), port).prop_map(|(address, id, port)| {
+        object(vec![
+            ("action", Some("add_subflow".into())),
+            ("address", Some(address.into())),
+            ("id", Some(id)),
+            ("port", port),
+            // The model has no clock.
+            ("apart", Some("0ns".into())),
+        ])
+    });
+    let remove = (id(), maybe(any::<bool>())).prop_map(|(id, sure)| {
+        object(vec![
+            ("action", Some("remove_addr".into())),
+            ("id", Some(id)),
+            ("unsafe", sure),
+        ])
+    });
+    let prio = any::<bool>().prop_map(|backup| json!({ "action": "mp_prio", "backup": backup }));
+    let reasons = select(vec![
+        json!("middlebox"),
+        json!("mptcp_error"),
+        json!(0),
+        json!(200),
+    ]);
+    let reset = (maybe(reasons), maybe(any::<bool>())).prop_map(|(reason, transient)| {
+        object(vec![
+            ("action", Some("reset_subflow".into())),
+            ("reason", reason),
+            ("transient", transient),
+        ])
+    });
+    let after = weighted(0.4, select(vec!["1ns", "1ns", "1h"]));
+    let restore = after.prop_map(|after| {
+        let after = after.map(Value::from);
+        object(vec![
+            ("action", Some("restore_add_addr".into())),
+            ("after", after),
+            ("apart", Some("0ns".into())),
+        ])
+    });
+    prop_oneof![
+        2 => add,
+        2 => remove,
+        2 => prio,
+        2 => reset,
+        3 => restore,
+        2 => Just(json!({ "action": "hold_add_addr" })),
+        2 => Just(json!({ "action": "record" })),
+        2 => Just(json!({ "action": "report" })),
+    ]
+    .boxed()
+}
+
+/// How often it is done to a flow: only where no element has to be looked at first.
+fn with_turns(action: BoxedStrategy<Value>) -> BoxedStrategy<Value> {
+    let turns = select(vec![
+        ("once", json!(true)),
+        ("once", json!(false)),
+        ("once", json!(false)),
+        ("first", json!(3)),
+        ("every", json!("1h")),
+        ("every", json!("1ns")),
+    ]);
+    (action, weighted(0.15, turns), weighted(0.8, Just(())))
+        .prop_map(|(mut action, turns, also)| {
+            let from = action
+                .as_object()
+                .unwrap()
+                .values()
+                .any(|value| value.is_object());
+            let once = ["add_subflow", "mp_prio", "remove_addr"]
+                .contains(&action["action"].as_str().unwrap());
+            if from && once {
+                action["once"] = false.into();
+            } else if from {
+            } else if let Some((name, value)) = turns {
+                action[name] = value;
+            } else if once && also.is_some() {
+                action["once"] = false.into();
+            }
+            action
+        })
+        .boxed()
+}
+
 fn with_on_error(action: BoxedStrategy<Value>) -> BoxedStrategy<Value> {
     let on_error = weighted(0.3, select(vec!["continue", "pass", "drop"]));
     (action, on_error)
@@ -501,12 +670,14 @@ fn with_on_error(action: BoxedStrategy<Value>) -> BoxedStrategy<Value> {
 fn action(hook: Hook, carries: Carries) -> BoxedStrategy<Value> {
     let which = prop_oneof![
         1 => Just(json!({ "action": "count" })),
+        1 => Just(json!({ "action": "learn", "set": LEARNT })),
         4 => set_window(carries),
         3 => set_mss(carries),
         5 => strip_option(hook, carries),
         4 => insert_option(carries),
+        7 => on_subflows(carries),
     ];
-    with_on_error(which.boxed())
+    with_on_error(with_turns(which.boxed()))
 }
 
 /// An action that must be the last; `subs` are the chains there are to go to.
@@ -526,7 +697,19 @@ fn terminal(subs: &'static [&'static str], carries: Carries) -> BoxedStrategy<Va
             prop_oneof![others, goto].boxed()
         }
     };
-    with_on_error(any)
+    with_on_error(with_turns(any))
+}
+
+/// Nothing is given back that was not held.
+fn with_holds(actions: Vec<Value>) -> Vec<Value> {
+    let mut all = Vec::new();
+    for action in actions {
+        if action["action"] == "restore_add_addr" {
+            all.push(json!({ "action": "hold_add_addr" }));
+        }
+        all.push(action);
+    }
+    all
 }
 
 fn then(subs: &'static [&'static str]) -> BoxedStrategy<Option<Value>> {
@@ -576,7 +759,7 @@ fn chain(
         .prop_map(
             move |(source, selectors, actions, terminal, then, checksum)| {
                 let selectors: Vec<Value> = source.into_iter().chain(selectors).collect();
-                let mut actions = actions;
+                let mut actions = with_holds(actions);
                 actions.extend(terminal);
                 let mut place = json!({ "device": "lo", "hook": hook.name() });
                 if let Some(checksum) = checksum {
@@ -598,9 +781,13 @@ fn chain(
 fn set_kind(selector: &str) -> &str {
     match selector {
         "service" => "port",
+        "mptcp_connection" => "connection",
         other => other,
     }
 }
+
+/// The set that flows are learnt into, which no selector looks at.
+const LEARNT: &str = "learnt";
 
 /// Moves the keys of a chain into named sets: there elements may also carry nothing, or what is
 /// no argument. `spoil` says which do. Sets are members of the file, as their elements are for
@@ -668,10 +855,12 @@ fn file(hook: Hook, carries: Carries, named: f64) -> BoxedStrategy<Value> {
     );
     parts
         .prop_map(|(main, sub, last, spoil)| {
-            let mut file = json!({ "version": 1, "chains": [main, sub, last] });
+            let mut file = json!({ "version": 1, "chains": [main, sub, last], "sets": {} });
             if let Some(spoil) = spoil {
                 into_sets(&mut file, &spoil);
             }
+            // Larger than the number of flows.
+            file["sets"][LEARNT] = json!({ "kind": "flow", "size": 10_000 });
             file
         })
         .boxed()

@@ -35,6 +35,22 @@ pub const CONNECTIONS: [(&str, u16, &str, u16); 5] = [
     ("2001:db9::1", 80, "2001:db8::2", 80),
 ];
 
+/// What fills MPTCP options, keys and tokens too.
+const fn mptcp_byte(at: usize) -> u8 {
+    (at * 29) as u8
+}
+
+/// Both keys of a connection.
+pub const MPTCP_KEYS: [u8; 16] = {
+    let mut keys = [0; 16];
+    let mut at = 0;
+    while at < 16 {
+        keys[at] = mptcp_byte(at + 4);
+        at += 1;
+    }
+    keys
+};
+
 type Ends = (IpAddr, u16, IpAddr, u16);
 
 fn address(text: &str) -> IpAddr {
@@ -146,18 +162,29 @@ fn option() -> impl Strategy<Value = Vec<u8>> {
     let mss = prop_oneof![select(vec![1460u16, 1000, 536, 8960]), any::<u16>()];
     let mss = mss.prop_map(|value| [&[MSS, 4][..], &value.to_be_bytes()].concat());
     let scale = prop_oneof![8 => 0..15u8, 1 => any::<u8>()];
-    let mptcp = (select(vec![3usize, 4, 8, 12, 16, 20]), 0..9u8).prop_map(|(length, subtype)| {
-        let mut bytes = vec![MPTCP, length as u8, subtype << 4 | 1];
-        bytes.extend((3..length).map(|at| (at * 29) as u8));
-        bytes
-    });
+    let lengths = vec![3usize, 4, 8, 12, 16, 20, 24, 28];
+    let subtype = prop_oneof![4 => 0..9u8, 3 => select(vec![0, 2, 2, 3]), 1 => 9..16u8];
+    let low = prop_oneof![3 => Just(1u8), 2 => Just(0)];
+    let fourth = select(vec![1u8, 0, 0x11, 5, 87]);
+    let mptcp =
+        (select(lengths), subtype, low, fourth).prop_map(|(length, subtype, low, fourth)| {
+            let mut bytes = vec![MPTCP, length as u8, subtype << 4 | low];
+            bytes.extend((3..length).map(mptcp_byte));
+            if let Some(byte) = bytes.get_mut(3) {
+                *byte = fourth;
+            }
+            bytes
+        });
+    // the third packet of a handshake
+    let keys = Just([&[MPTCP, 20, 1, 1][..], &MPTCP_KEYS].concat());
     prop_oneof![
         6 => Just(vec![NOP]),
         3 => mss,
         4 => scale.prop_map(|scale| vec![WINDOW_SCALE, 3, scale]),
         2 => Just(vec![4, 2]),
         3 => sized(8, vec![10]),
-        4 => mptcp,
+        5 => mptcp,
+        1 => keys,
         2 => sized(253, vec![2, 3, 4, 7]),
         1 => sized(5, vec![10, 18]),
         1 => Just(vec![0]),
@@ -178,21 +205,67 @@ fn options(of_a_syn: bool) -> impl Strategy<Value = Vec<u8>> {
         4 => vec(option(), 1..9),
         1 => vec(option(), 8..20),
     ];
-    // as hosts send them on a SYN, in any order
-    let syn = (0..1500u16, 0..15u8).prop_map(|(mss, scale)| {
+    // as hosts send them on a SYN, in any order; those of MPTCP with what begins a subflow
+    let capable = vec![MPTCP, 4, 1, 1];
+    let join = [
+        &[MPTCP, 12, 0x10, 5][..],
+        &[0x74, 0x91, 0xae, 0xcb],
+        &[9; 4],
+    ]
+    .concat();
+    let begins = select(vec![vec![], capable.clone(), capable, join]);
+    let syn = (0..1500u16, 0..15u8, begins).prop_map(|(mss, scale, begins)| {
         vec![
             [&[MSS, 4][..], &mss.to_be_bytes()].concat(),
             vec![4, 2],
             vec![8, 10, 0, 0, 0, 1, 0, 0, 0, 0],
-            vec![NOP],
+            begins,
             vec![WINDOW_SCALE, 3, scale],
         ]
     });
     prop_oneof![
         16 => list.prop_map(|list| list.concat()),
         if of_a_syn { 16 } else { 2 } => syn.prop_shuffle().prop_map(|list| list.concat()),
+        if of_a_syn { 1 } else { 16 } => signals(),
         1 => vec(any::<u8>(), 0..41),
     ]
+}
+
+/// As MPTCP hosts send them once a subflow is established.
+fn signals() -> impl Strategy<Value = Vec<u8>> {
+    let dss = |bits: u8, length: usize| {
+        let mut bytes = vec![MPTCP, length as u8, 0x20, bits];
+        bytes.resize(length, 7);
+        bytes
+    };
+    let dss = select(vec![
+        dss(1, 8),
+        dss(1, 8),
+        dss(3, 12),
+        dss(5, 18),
+        dss(0x15, 18),
+    ]);
+    let stamps = || prop::bool::weighted(0.4);
+    let announced = (0..5u8, select(vec![8usize, 16, 18, 28])).prop_map(|(id, length)| {
+        let mut bytes = vec![MPTCP, length as u8, 0x30, id];
+        bytes.resize(length, id ^ 0x55);
+        bytes
+    });
+    let other = prop_oneof![
+        8 => Just(vec![]),
+        2 => Just([&[MPTCP, 20, 1, 1][..], &MPTCP_KEYS].concat()),
+        5 => announced,
+        1 => Just(vec![MPTCP, 4, 0x40, 3]),
+        1 => Just(vec![MPTCP, 3, 0x51]),
+        2 => Just(vec![NOP; 8]),
+    ];
+    (stamps(), prop::option::weighted(0.8, dss), other).prop_map(|(stamps, dss, other)| {
+        let stamps = match stamps {
+            true => vec![NOP, NOP, 8, 10, 0, 0, 0, 1, 0, 0, 0, 1],
+            false => vec![],
+        };
+        [stamps, dss.unwrap_or_default(), other].concat()
+    })
 }
 
 fn payload() -> impl Strategy<Value = usize> {

@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a chain must make of a packet, by the documents alone.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::rc::Rc;
 
 use policy_chain::hook::{Family, Hook};
 use policy_chain::replay::Verdict;
 use serde_json::Value;
 
 use crate::chain::{Action, Argument, Asks, Chain, Condition, End, File, Key, Number, OnError};
-use crate::chain::{Selector, Then, What};
+use crate::chain::{Mode, Selector, Then, Turns, What};
 use crate::flows::Flows;
-use crate::layers::{self, Ip, Piece, Reason, SYN, Segment, TCP, UDP};
+use crate::layers::{self, FIN, Ip, PSH, Piece, RST, Reason, SYN, Segment, TCP, UDP, URG};
 use crate::options::{self, MPTCP, MSS, NOP, Options, ROOM};
+use crate::subflows::{self, ADD_ADDR, DSS, Flow, MP_PRIO, REMOVE_ADDR, Signals, Subflows};
 use crate::sums::{self, Kind};
 use crate::world::{self, Hop};
 
@@ -56,8 +59,11 @@ pub enum Event {
 /// A chain on a hook, and what it remembers.
 pub struct Model {
     hook: Hook,
-    file: File,
+    file: Rc<File>,
     flows: Flows,
+    subflows: Subflows,
+    /// How often actions were done, by chain, number and flow.
+    turns: HashMap<(String, usize, Flow), u64>,
 }
 
 /// The element that matched; `None` where none did.
@@ -73,20 +79,36 @@ impl Model {
     pub fn new(file: &Value, hook: Hook) -> Model {
         Model {
             hook,
-            file: File::new(file),
+            file: Rc::new(File::new(file)),
             flows: Flows::default(),
+            subflows: Subflows::default(),
+            turns: HashMap::new(),
         }
     }
 
     /// Whether what it says of a packet depends on those before.
     pub fn remembers(&self) -> bool {
-        let actions = self.file.0.values().flat_map(|chain| &chain.actions);
-        let mut whats = actions.map(|action| &action.what);
-        whats.any(|what| matches!(what, What::SetWindow { raw: false, .. }))
+        let chains = self.file.0.values();
+        let remembers = |action: &Action| match action.what {
+            What::SetWindow { raw, .. } => !raw || action.turns != Turns::Always,
+            What::StripOption { subtype, .. } => {
+                subtype == Some(ADD_ADDR) || action.turns != Turns::Always
+            }
+            What::Count | What::Drop | What::Pass | What::Goto(_) => action.turns != Turns::Always,
+            What::InsertOption { .. } | What::Redirect { .. } | What::SetMss { .. } => {
+                action.turns != Turns::Always
+            }
+            _ => true,
+        };
+        chains.clone().flat_map(|it| &it.actions).any(remembers)
+            || chains
+                .flat_map(|it| it.alternatives.iter().flatten())
+                .any(|selector| selector.asks == Asks::Tokens)
     }
 
     pub fn judge(&mut self, frame: &[u8]) -> Expected {
         self.flows.learn(frame);
+        self.subflows.learn(frame);
         let mut packet = Expected {
             verdict: Verdict::Pass,
             frame: frame.to_vec(),
@@ -99,28 +121,42 @@ impl Model {
         packet
     }
 
-    fn enter(&self, name: &str, packet: &mut Expected) -> Verdict {
-        let chain = &self.file.0[name];
+    fn enter(&mut self, name: &str, packet: &mut Expected) -> Verdict {
+        let file = Rc::clone(&self.file);
+        let chain = &file.0[name];
         let Some(element) = self.select(chain, packet) else {
             return Verdict::Pass;
         };
         packet.matched |= name == MAIN;
-        for action in &chain.actions {
+        for (number, action) in chain.actions.iter().enumerate() {
             let before = packet.frame.clone();
-            let step = self.act(action, &element, &mut packet.frame);
+            let turn = self.turn(name, number, action, &before);
+            let step = match &turn {
+                Ok(_) => self.act(action, &element, &mut packet.frame),
+                Err(reason) => Err(*reason),
+            };
             packet.events.push(Event::Action {
                 policy: action.policy.clone(),
                 done: step.is_ok(),
                 changed: before != packet.frame,
             });
+            if let (Ok(_), Ok(Some(flow))) = (&step, turn) {
+                let turn = (name.to_owned(), number, flow);
+                *self.turns.entry(turn).or_default() += 1;
+            }
             match step {
                 Ok(Step::Next) => {}
                 Ok(Step::End(verdict)) => return verdict,
                 Ok(Step::Goto(name)) => return self.enter(&name, packet),
+                Err("half_done") => {
+                    packet.reasons.push("half_done");
+                    return Verdict::Drop;
+                }
                 Err(reason) => {
                     packet.frame = before;
                     packet.reasons.push(reason);
                     match action.on_error {
+                        _ if reason == "not_due" => {}
                         OnError::Continue => {}
                         OnError::Pass => return Verdict::Pass,
                         OnError::Drop => return Verdict::Drop,
@@ -132,6 +168,26 @@ impl Model {
             Then::Pass => Verdict::Pass,
             Then::Drop => Verdict::Drop,
             Then::Goto(name) => self.enter(name, packet),
+        }
+    }
+
+    /// The flow whose turn it is, of an action that is not done to every packet.
+    fn turn(
+        &self,
+        chain: &str,
+        number: usize,
+        action: &Action,
+        frame: &[u8],
+    ) -> Result<Option<Flow>, Reason> {
+        let Turns::First(most) = action.turns else {
+            return Ok(None);
+        };
+        let ip = layers::ip(frame)?;
+        let (flow, _) = subflows::flow(&ip, ip.ports(frame)?);
+        let done = self.turns.get(&(chain.to_owned(), number, flow));
+        match done.is_none_or(|done| *done < most) {
+            true => Ok(Some(flow)),
+            false => Err("not_due"),
         }
     }
 
@@ -175,6 +231,16 @@ impl Model {
         selector: &'a Selector,
         frame: &[u8],
     ) -> Result<Option<Option<&'a Key>>, Reason> {
+        if selector.asks == Asks::Tokens {
+            let signals = match Signals::of(frame) {
+                Err("not_ip" | "not_tcp") => return Ok(None),
+                other => other?,
+            };
+            let tokens = self.subflows.tokens(&signals);
+            let keys = selector.keys.as_ref().unwrap();
+            let wanted = |key: &&Key| key.token.is_some_and(|token| tokens.contains(&token));
+            return Ok(keys.iter().find(wanted).map(Some));
+        }
         let subject = match Subject::of(frame, selector.asks) {
             Err("not_ip" | "not_tcp") => return Ok(None),
             other => other?,
@@ -190,6 +256,10 @@ impl Model {
         if !holds(&selector.conditions) {
             return Ok(None);
         }
+        if let Some(wanted) = &selector.signal {
+            let found = wanted.is_in(&subject.options, subject.flags & SYN != 0)?;
+            return Ok(found.then_some(None));
+        }
         let Some(keys) = &selector.keys else {
             return Ok(Some(None));
         };
@@ -197,7 +267,12 @@ impl Model {
         Ok(found.max_by_key(|key| key.length()).map(Some))
     }
 
-    fn act(&self, action: &Action, element: &Element, frame: &mut Vec<u8>) -> Result<Step, Reason> {
+    fn act(
+        &mut self,
+        action: &Action,
+        element: &Element,
+        frame: &mut Vec<u8>,
+    ) -> Result<Step, Reason> {
         let number = |number: Number, range: RangeInclusive<u64>| match (number, element) {
             (Number::Is(value), _) => Ok(value),
             (Number::FromElement, None) => Err("no_element"),
@@ -236,10 +311,73 @@ impl Model {
             What::StripOption {
                 kind,
                 subtype,
-                remove,
+                mode,
+                sure,
             } => {
                 let kind = number(*kind, KINDS)? as u8;
-                self.strip_option(frame, kind, *subtype, *remove)?;
+                if (kind, *subtype, *mode) == (MPTCP, Some(ADD_ADDR), Mode::Auto) {
+                    let signals = Signals::of(frame)?;
+                    if signals.segment.ip.signed {
+                        return Err("authenticated");
+                    }
+                    return self.take_announcements(frame, &signals);
+                }
+                self.strip_option(frame, kind, *subtype, *mode == Mode::Remove, *sure)?;
+            }
+            What::HoldAddAddr => {
+                let signals = Signals::of(frame)?;
+                if !self.subflows.knows(&signals) {
+                    return Err("not_mptcp");
+                }
+                if signals.segment.ip.signed {
+                    return Err("authenticated");
+                }
+                self.subflows.hold(&signals)?;
+                return self.take_announcements(frame, &signals);
+            }
+            What::RestoreAddAddr { never } => {
+                let signals = self.subflows.ready(frame)?;
+                let held = self.subflows.held(&signals).filter(|_| !never);
+                let (slot, option) = held.ok_or("not_held")?;
+                self.add(frame, &signals, ADD_ADDR, &option)?;
+                self.subflows.release(&signals, slot);
+            }
+            What::AddSubflow { address, id, port } => {
+                let id = number(*id, 1..=255)? as u8;
+                let signals = self.subflows.ready(frame)?;
+                if signals.has(ADD_ADDR) {
+                    return Err("option_present");
+                }
+                let option = self.subflows.announcement(&signals, *address, id, *port)?;
+                self.add(frame, &signals, ADD_ADDR, &option)?;
+            }
+            What::RemoveAddr { id, sure } => {
+                let id = number(*id, 0..=255)? as u8;
+                let signals = self.subflows.ready(frame)?;
+                if id == 0 && !sure {
+                    return Err("unsafe");
+                }
+                let option = [MPTCP, 4, REMOVE_ADDR << 4, id];
+                self.add(frame, &signals, REMOVE_ADDR, &option)?;
+            }
+            What::MpPrio { backup } => {
+                let signals = self.subflows.ready(frame)?;
+                let option = [MPTCP, 3, MP_PRIO << 4 | u8::from(*backup)];
+                self.add(frame, &signals, MP_PRIO, &option)?;
+            }
+            What::ResetSubflow { reason, transient } => {
+                self.reset(frame, *reason, *transient)?;
+            }
+            What::Learn => {
+                layers::ip(frame)?.ports(frame)?;
+            }
+            What::Record => {
+                layers::tcp(frame)?;
+            }
+            What::Report => {
+                if !self.subflows.worth_reporting(&Signals::of(frame)?) {
+                    return Err("not_reported");
+                }
             }
             What::SetMss { bytes, clamp } => {
                 let bytes = number(*bytes, 1..=0xffff)? as u16;
@@ -329,10 +467,15 @@ impl Model {
         kind: u8,
         subtype: Option<u8>,
         remove: bool,
+        sure: bool,
     ) -> Result<(), Reason> {
         let segment = layers::tcp_to_change(frame)?;
         if subtype.is_some() && kind != MPTCP {
             return Err("option_absent");
+        }
+        let takes_dss = kind == MPTCP && subtype.is_none_or(|subtype| subtype == DSS);
+        if takes_dss && !sure && Signals::of(frame)?.has(DSS) {
+            return Err("unsafe");
         }
         let mut options = Options::parse(segment.options(frame))?;
         let wanted = |option: &options::Bytes| {
@@ -391,15 +534,97 @@ impl Model {
         if !again && present.of_kind(kind).next().is_some() {
             return Err("option_present");
         }
+        let option = [&[kind, 2 + data.len() as u8], data].concat();
+        self.put_behind(frame, &segment, &present, &option)
+    }
+
+    /// Adds an MPTCP option to a segment that has none of its subtype. Where nothing else makes
+    /// room, it takes the place of DSS that only acknowledge.
+    fn add(
+        &self,
+        frame: &mut Vec<u8>,
+        signals: &Signals,
+        subtype: u8,
+        option: &[u8],
+    ) -> Result<(), Reason> {
+        if signals.has(subtype) {
+            return Err("option_present");
+        }
+        let segment = &signals.segment;
+        let mut present = Options::parse(segment.options(frame))?;
+        let least = present.of_other_kinds(NOP).concat().len() + option.len();
+        if self.subflows.dss_seen(signals) > 1
+            && signals.acknowledges_only()
+            && segment.is_bare()
+            && least.next_multiple_of(4) > ROOM
+        {
+            let dss = |it: &options::Bytes| subflows::subtype(it) == Some(DSS);
+            present.list.retain(|option| !dss(option));
+        }
+        self.put_behind(frame, segment, &present, option)
+    }
+
+    /// Overwrites announcements, or drops the packet of which one is all that is of MPTCP.
+    fn take_announcements(&self, frame: &mut [u8], signals: &Signals) -> Result<Step, Reason> {
+        let segment = &signals.segment;
+        let mut options = Options::parse(segment.options(frame))?;
+        let mut found = options
+            .list
+            .iter_mut()
+            .filter(|it| subflows::announces(it))
+            .peekable();
+        if found.peek().is_none() {
+            return Err("option_absent");
+        }
+        let edge = segment.has(SYN) || segment.has(FIN) || segment.has(RST);
+        let all = segment.is_bare() && !signals.has(DSS) && !edge;
+        if all && self.subflows.dss_seen(signals) == 0 {
+            return Ok(Step::End(Verdict::Drop));
+        }
+        found.for_each(|option| option.fill(NOP));
+        self.overwrite(frame, segment, 20, &options.bytes())?;
+        Ok(Step::Next)
+    }
+
+    fn reset(&self, frame: &mut Vec<u8>, reason: u8, transient: bool) -> Result<(), Reason> {
+        let signals = Signals::of(frame)?;
+        if !self.subflows.knows(&signals) {
+            return Err("not_mptcp");
+        }
+        let segment = &signals.segment;
+        if segment.ip.signed {
+            return Err("authenticated");
+        }
+        if segment.has(SYN) || segment.has(RST) {
+            return Err("syn");
+        }
+        let mut present = Options::parse(segment.options(frame))?;
+        present.list.retain(|option| option[0] != MPTCP);
+        let option = [MPTCP, 4, 0x80 | u8::from(transient), reason];
+        self.put_behind(frame, segment, &present, &option)?;
+        let segment = layers::tcp(frame)?;
+        let at = segment.ip.transport + 12;
+        let flags = (sums::read(frame, at) | RST) & !(FIN | SYN | PSH | URG);
+        self.overwrite(frame, &segment, 12, &flags.to_be_bytes())
+            .map_err(|_| "half_done")
+    }
+
+    /// Gives a segment these options with another one behind them, by growing or in place of NOPs.
+    fn put_behind(
+        &self,
+        frame: &mut Vec<u8>,
+        segment: &Segment,
+        present: &Options,
+        option: &[u8],
+    ) -> Result<(), Reason> {
         let room = segment.header - 20;
         let whole = segment.ip.piece == Piece::Whole;
         let may_grow_to = |length: usize| {
             let packet = segment.payload() - room + length - segment.ip.at;
             segment.is_bare() && whole && length <= ROOM && packet <= MTU
         };
-        let option = [&[kind, 2 + data.len() as u8], data].concat();
         let with = |mut list: Vec<options::Bytes>| {
-            list.push(option.clone());
+            list.push(option.to_vec());
             options::fill(&list, room)
         };
         let appended = with(present.trimmed());
@@ -416,7 +641,7 @@ impl Model {
         };
         let by = options.len() - room;
         if by == 0 {
-            return self.overwrite(frame, &segment, 20, &options);
+            return self.overwrite(frame, segment, 20, &options);
         }
         let kind = self.checksum(frame, &segment.ip)?;
         let mut after = frame.clone();
@@ -425,7 +650,7 @@ impl Model {
             after.truncate(segment.ip.end);
         }
         after.resize(frame.len().max(segment.ip.end + by), 0);
-        resize(frame, &segment, kind, after, &options);
+        resize(frame, segment, kind, after, &options);
         Ok(())
     }
 
@@ -535,13 +760,15 @@ struct Subject {
     ip: Ip,
     ports: layers::Ports,
     flags: u16,
+    options: Vec<u8>,
 }
 
 impl Subject {
     fn of(frame: &[u8], asks: Asks) -> Result<Subject, Reason> {
-        if asks == Asks::Tcp {
+        if asks == Asks::Tcp || asks == Asks::Signals {
             let segment = layers::tcp(frame)?;
             return Ok(Subject {
+                options: segment.options(frame).to_vec(),
                 ip: segment.ip,
                 ports: segment.ports,
                 flags: segment.flags,
@@ -550,12 +777,13 @@ impl Subject {
         let ip = layers::ip(frame)?;
         let ports = match asks {
             Asks::Ports | Asks::PortsOnly => ip.ports(frame)?,
-            Asks::Addresses | Asks::Tcp => (0, 0),
+            _ => (0, 0),
         };
         Ok(Subject {
             ip,
             ports,
             flags: 0,
+            options: Vec::new(),
         })
     }
 

@@ -21,7 +21,10 @@ pub const DESTINATION: u8 = 60;
 
 pub const FIN: u16 = 0x01;
 pub const SYN: u16 = 0x02;
+pub const RST: u16 = 0x04;
+pub const PSH: u16 = 0x08;
 pub const ACK: u16 = 0x10;
+pub const URG: u16 = 0x20;
 
 /// What docs/policies.md and the reason `extension_headers` say of IPv6.
 const MOST_EXTENSIONS: usize = 8;

@@ -16,6 +16,8 @@ mod options;
 mod packet;
 mod rows;
 mod search;
+mod signals;
+mod subflows;
 mod sums;
 mod world;
 
@@ -25,7 +27,7 @@ use policy_chain::hook::Hook;
 use policy_chain::policy::{Policy, Registry};
 
 /// Over all hooks, if nothing else is said.
-const PACKETS: u64 = 102_000;
+const PACKETS: u64 = 138_000;
 const SEED: u64 = 1;
 
 fn setting(name: &str, default: u64) -> u64 {

@@ -11,7 +11,7 @@ use crate::packet::Packet;
 use crate::{generate_chains, generate_packets, layers};
 
 /// Packets that each chain gets: loading one takes as long as many hundred packets.
-const PACKETS: usize = 600;
+const PACKETS: usize = 400;
 /// The same where there are many.
 const PACKETS_OF_MANY: usize = 2000;
 const MANY: u64 = 200_000;

@@ -8,6 +8,7 @@ mod common;
 
 mod agent;
 mod connections;
+mod effects;
 mod events;
 mod examples;
 mod follower;

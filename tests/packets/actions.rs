@@ -549,6 +549,40 @@ fn an_unmatched_packet_is_not_of_the_chain() {
     }
 }
 
+/// One key a flow and direction, local and remote by the hook; a full set takes no more.
+#[test]
+fn learn_stores_flows() {
+    let tcp = v4().build();
+    let back = v4().back().build();
+    let udp = v6().protocol(UDP).build();
+    let mut arp = tcp.clone();
+    arp[12..14].copy_from_slice(&[8, 6]);
+    let rows: [(&str, &[u8], &[&str], usize); 6] = [
+        ("TCP", &tcp, &[], 1),
+        ("again", &tcp, &[], 1),
+        ("the answer, a flow of its own", &back, &[], 2),
+        ("UDP on IPv6", &udp, &[], 3),
+        ("no IP", &arp, &["not_ip"], 3),
+        ("one too many", &v4().ports(7, 7).build(), &["set_full"], 3),
+    ];
+    let learn = json!({ "action": "learn", "set": "seen", "expire": "60s" });
+    let sets = json!({ "seen": { "kind": "flow", "size": 3 } });
+    let chain = with_chains(json!({ "actions": [learn] }), json!([]), sets);
+    for hook in Hook::ALL {
+        let mut bench = Bench::load(&chain, hook, CarrierChoice::Auto);
+        for (what, frame, reasons, size) in rows {
+            let want = Want {
+                verdict: Verdict::Pass,
+                matched: true,
+                reasons,
+                frame,
+            };
+            bench.check(what, frame, &want);
+            assert_eq!(bench.elements("seen"), size, "{what} on {hook}");
+        }
+    }
+}
+
 #[test]
 fn every_action_has_rows() {
     let registry = policy_chain::policy::Registry::embedded().unwrap();
@@ -563,6 +597,7 @@ fn every_action_has_rows() {
         "goto",
         "hold_add_addr",
         "insert_option",
+        "learn",
         "mp_prio",
         "pass",
         "record",

@@ -107,6 +107,12 @@ impl Bench {
         &self.runner.generation().state[map]
     }
 
+    /// How many elements a named set has.
+    pub fn elements(&self, set: &str) -> usize {
+        let map = self.runner.set(set).unwrap();
+        policy_chain::engine::sys::map_dump(map).unwrap().len()
+    }
+
     /// Runs a frame and checks what holds for every packet and every chain.
     pub fn run(&mut self, what: &str, frame: &[u8]) -> Outcome {
         let hook = self.hook;

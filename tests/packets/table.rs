@@ -136,10 +136,14 @@ fn mptcp_columns() -> Vec<Column> {
             )
         },
         column("hold_add_addr", json!({}), Change::Nop),
-        column("restore_add_addr", json!({}), Change::Add(Added::Held)),
+        column(
+            "restore_add_addr",
+            json!({ "apart": "0ns" }),
+            Change::Add(Added::Held),
+        ),
         column(
             "add_subflow",
-            json!({ "address": address, "id": ADDRESS_ID, "once": false }),
+            json!({ "address": address, "id": ADDRESS_ID, "once": false, "apart": "0ns" }),
             Change::Add(Added::Address),
         ),
         column(
@@ -154,6 +158,7 @@ fn mptcp_columns() -> Vec<Column> {
         ),
         column("reset_subflow", json!({}), Change::Reset),
         column("record", json!({}), Change::Note),
+        column("learn", json!({ "set": "seen" }), Change::Note),
         column("report", json!({}), Change::Note),
     ]
 }

@@ -132,6 +132,11 @@ fn trials() -> Vec<Trial> {
             json!([{ "action": "reset_subflow" }]),
         ),
         trial("record", Change::Nothing, json!([{ "action": "record" }])),
+        trial(
+            "learn",
+            Change::Nothing,
+            json!([{ "action": "learn", "set": "seen" }]),
+        ),
         trial("report", Change::Nothing, json!([{ "action": "report" }])),
         trial("insert", Change::Tcp, json!([insert("c0ffee01")])),
         trial("insert-again", Change::Tcp, json!([again])),
@@ -156,6 +161,7 @@ impl Trial {
         };
         let file = json!({
             "version": 1,
+            "sets": { "seen": { "kind": "flow", "size": 10_000 } },
             "chains": [
                 {
                     "name": self.name,

@@ -283,7 +283,7 @@ fn addresses() -> Vec<(IpAddr, u8, Option<u16>, usize)> {
 
 fn add_subflow(address: IpAddr, id: u8, port: Option<u16>) -> Value {
     let mut action = json!({ "action": "add_subflow", "address": address.to_string(),
-        "id": id, "once": false });
+        "id": id, "once": false, "apart": "0ns" });
     if let Some(port) = port {
         action["port"] = port.into();
     }

@@ -203,7 +203,7 @@ fn hold_takes_announcements_out_alike() {
 
 /// Announcements are held in `main`; they are given back on segments with PSH only.
 fn holding(after: Option<&str>) -> Value {
-    let mut restore = json!({ "action": "restore_add_addr" });
+    let mut restore = json!({ "action": "restore_add_addr", "apart": "0ns" });
     if let Some(after) = after {
         restore["after"] = after.into();
     }

@@ -6,13 +6,11 @@ use std::time::Duration;
 
 use libbpf_rs::{MapHandle, RingBufferBuilder};
 
+use policy_chain::engine::bpf::types::{report, subflow, subflow_end};
+use policy_chain::engine::bpf::value_of;
+
 use super::*;
 use crate::bench::gives;
-
-/// Sizes of `struct flow_id` and `struct subflow` (src/bpf/flow_types.h, mptcp_types.h).
-const FLOW: usize = 36;
-const SUBFLOW: usize = 176;
-const END: usize = 80;
 
 /// What is known of one end.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,28 +36,20 @@ struct Known {
     server: End,
 }
 
-fn words_of(bytes: &[u8]) -> u64 {
-    let mut whole = [0; 8];
-    whole[..bytes.len()].copy_from_slice(bytes);
-    u64::from_le_bytes(whole)
-}
-
 impl End {
-    fn new(bytes: &[u8]) -> End {
-        let long = |at: usize| words_of(&bytes[8 * at..8 * at + 8]);
-        let short = |at: usize| words_of(&bytes[64 + 4 * at..68 + 4 * at]) as u32;
+    fn new(end: &subflow_end) -> End {
         End {
-            packets: long(0),
-            bytes: long(1),
-            retransmissions: long(2),
-            rtt_min: long(5),
-            rtt_smoothed: long(6),
-            rtt_last: long(7),
-            sequence_end: short(1),
-            token: short(2),
-            backup: bytes[77],
-            address_id: bytes[78],
-            data_seen: bytes[79],
+            packets: end.packets,
+            bytes: end.bytes,
+            retransmissions: end.retransmissions,
+            rtt_min: end.rtt_min,
+            rtt_smoothed: end.rtt_smoothed,
+            rtt_last: end.rtt_last,
+            sequence_end: end.sequence_end,
+            token: end.token,
+            backup: end.backup,
+            address_id: end.address_id,
+            data_seen: end.data_seen,
         }
     }
 }
@@ -68,22 +58,22 @@ impl End {
 fn known(bench: &Bench, client: &Frame) -> Option<Known> {
     let find = |frame: &Frame| {
         let key = flow_id(frame);
-        assert_eq!(key.len(), FLOW);
-        sys::map_lookup(bench.state("pcd_subflows"), &key, SUBFLOW).unwrap()
+        let found = sys::map_lookup(bench.state("pcd_subflows"), &key, size_of::<subflow>());
+        value_of::<subflow>(&found.unwrap()?)
     };
     // either end is the first
-    let (bytes, swapped) = match find(client) {
-        Some(bytes) => (bytes, false),
+    let (known, swapped) = match find(client) {
+        Some(known) => (known, false),
         None => (find(&client.clone().back())?, true),
     };
-    let mut ends = [&bytes[16..16 + END], &bytes[16 + END..]].map(End::new);
+    let mut ends = known.ends.each_ref().map(End::new);
     if swapped {
         ends.reverse();
     }
     let [client, server] = ends;
-    let initiator = bytes[4];
+    let initiator = known.initiator;
     Some(Known {
-        flags: words_of(&bytes[..4]) as u32,
+        flags: known.flags,
         initiator_is_client: (initiator < 2).then_some((initiator == 1) == swapped),
         client,
         server,
@@ -320,10 +310,8 @@ fn report_tells_of_signals() {
             assert_eq!(records.len(), worth.len());
             for (at, (record, frame)) in records.iter().zip(&worth).enumerate() {
                 check_record(record, frame, hook, &format!("{at} on {hook}"));
-                let tokens = (
-                    words_of(&record[64..68]) as u32,
-                    words_of(&record[68..72]) as u32,
-                );
+                let told = value_of::<report>(record).unwrap();
+                let tokens = (told.source_token, told.destination_token);
                 let own = (token(connection.client), token(connection.server));
                 let wanted = match at {
                     0 | 1 | 13 => (0, 0),
@@ -332,7 +320,8 @@ fn report_tells_of_signals() {
                 };
                 assert_eq!(tokens, wanted, "{at} on {hook}");
             }
-            let times: Vec<u64> = records.iter().map(|it| words_of(&it[..8])).collect();
+            let at = |record: &Vec<u8>| value_of::<report>(record).unwrap().at;
+            let times: Vec<u64> = records.iter().map(at).collect();
             assert!(times.is_sorted() && times[0] > 0);
         }
     }
@@ -359,19 +348,24 @@ fn without_keys(options: &[u8]) -> Vec<u8> {
 
 /// `struct report` of src/bpf/mptcp_types.h.
 fn check_record(record: &[u8], frame: &Frame, hook: Hook, what: &str) {
-    let short = |at: usize| words_of(&record[at..at + 4]) as u32;
+    let told = value_of::<report>(record).unwrap();
+    // The addresses, behind the time: the type has no names for their parts.
     assert_eq!(record[8..24], mapped(frame.src), "{what}");
     assert_eq!(record[24..40], mapped(frame.dst), "{what}");
-    assert_eq!(record[40..42], frame.src_port.to_be_bytes(), "{what}");
-    assert_eq!(record[42..44], frame.dst_port.to_be_bytes(), "{what}");
-    assert_eq!(short(48), 1, "{what}: the chain");
-    assert_eq!(short(52), frame.sequence, "{what}");
-    assert_eq!(short(56), 2, "{what}: what frames acknowledge");
-    assert_eq!(short(60) as usize, frame.payload.len(), "{what}");
-    assert_eq!(words_of(&record[72..74]), u64::from(frame.flags), "{what}");
-    assert_eq!(record[74], u8::from(hook.is_ingress()), "{what}");
-    assert_eq!(usize::from(record[75]), frame.options.len(), "{what}");
-    let (options, rest) = record[76..140].split_at(frame.options.len());
+    assert_eq!(told.source_port, frame.src_port.to_be(), "{what}");
+    assert_eq!(told.destination_port, frame.dst_port.to_be(), "{what}");
+    assert_eq!(told.chain, 1, "{what}");
+    assert_eq!(told.sequence, frame.sequence, "{what}");
+    assert_eq!(told.acknowledgment, 2, "{what}: what frames acknowledge");
+    assert_eq!(told.payload as usize, frame.payload.len(), "{what}");
+    assert_eq!(told.tcp_flags, frame.flags, "{what}");
+    assert_eq!(told.ingress, u8::from(hook.is_ingress()), "{what}");
+    assert_eq!(
+        usize::from(told.options_length),
+        frame.options.len(),
+        "{what}"
+    );
+    let (options, rest) = told.options.split_at(frame.options.len());
     assert_eq!(options, without_keys(&frame.options), "{what}");
     assert!(rest.iter().all(|byte| *byte == 0), "{what}");
 }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::outcomes::{Added, Change, SCALE};
 use super::rows::{Base, Packet, Row, tables};
 use super::{Column, Learns};
-use crate::bench::file;
+use crate::bench::with_chains;
 use crate::frames::*;
 use crate::mptcp;
 use crate::wire::{self, Arrived, MARKERS, Note, Passage, Wire};
@@ -109,7 +109,8 @@ fn chain_of(action: &str, parameters: &Value) -> Value {
     let mut item = json!({ "action": action });
     let members = parameters.as_object().unwrap().clone();
     item.as_object_mut().unwrap().extend(members);
-    file(json!({ "actions": [item] }))
+    let sets = json!({ "seen": { "kind": "flow", "size": 100_000 } });
+    with_chains(json!({ "actions": [item] }), json!([]), sets)
 }
 
 /// The frame with its checksum completed as a device does: by all bytes from a place on.

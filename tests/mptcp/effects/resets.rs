@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Subflows ended by a reset.
+
+use std::fs::{self, File};
+use std::process::{Child, Stdio};
+
+use policy_chain::testbed::{Announce, Role};
+use serde_json::json;
+
+use super::*;
+use crate::common::eventually;
+use crate::common::mptcp::{Differs, MptcpConnection, mptcp_options};
+
+/// `ip mptcp monitor` on a host, ended when dropped.
+struct Monitor {
+    child: Child,
+    said: std::path::PathBuf,
+}
+
+impl Monitor {
+    fn start(scene: &Scene, role: Role) -> Monitor {
+        let said = scene.environment.files.path().join("monitor");
+        let child = scene
+            .environment
+            .namespace(role)
+            .command("ip")
+            .args(["mptcp", "monitor"])
+            .stdout(File::create(&said).unwrap())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        let group = format!("/proc/{}/net/netlink", child.id());
+        let pid = child.id().to_string();
+        // It listens once its socket has a group.
+        eventually("the monitor listens", || {
+            let table = fs::read_to_string(&group).unwrap();
+            let mut rows = table.lines().map(str::split_whitespace);
+            rows.any(|mut row| {
+                row.nth(1) == Some("16")
+                    && row.next() == Some(&pid)
+                    && row.next() != Some("00000000")
+            })
+            .then_some(())
+        });
+        Monitor { child, said }
+    }
+
+    fn said(&self) -> String {
+        fs::read_to_string(&self.said).unwrap()
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn reset(scene: &Scene, path: u8) -> Result<(), Differs> {
+    let receiver = scene.receiver();
+    let connection = MptcpConnection::joined(scene.environment, scene.server);
+    let paths = usize::from(scene.paths());
+    connection.wait_subflows(scene.environment, Role::Server, paths);
+    let monitor = Monitor::start(scene, receiver);
+    let seen = scene.counter(receiver, "MPRstRx");
+    let action = json!({
+        "action": "reset_subflow", "reason": "unacceptable_performance", "once": true,
+    });
+    scene.apply_to_subflow(path, json!([action]));
+    seen.driven(1, || both_ways(&connection))?;
+    for role in [Role::Client, Role::Server] {
+        let left = connection.wait_subflows(scene.environment, role, paths - 1);
+        assert!(left.iter().all(|it| it.path() != path), "{left:#?}");
+    }
+    goes_on(&connection)?;
+    seen.is(1);
+    let said = eventually("the monitor tells of it", || {
+        Some(monitor.said()).filter(|said| said.contains("SF_CLOSED"))
+    });
+    assert!(said.contains("reset_reason=5"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn second_subflow_reset() {
+    let options = mptcp_options(2, Announce::Subflow);
+    let places = [EGRESS, INGRESS, XDP, ROUTER_XDP];
+    everywhere(&options, &places, Role::Client, |scene| reset(scene, 2));
+    let options = mptcp_options(3, Announce::Signal);
+    everywhere(&options, &[EGRESS], Role::Server, |scene| reset(scene, 2));
+}
+
+#[test]
+fn first_subflow_reset() {
+    let options = mptcp_options(2, Announce::Signal);
+    let places = [EGRESS, INGRESS, XDP, ROUTER_EGRESS];
+    everywhere(&options, &places, Role::Server, |scene| reset(scene, 1));
+    let options = mptcp_options(2, Announce::Subflow);
+    everywhere(&options, &[XDP], Role::Client, |scene| reset(scene, 1));
+}
