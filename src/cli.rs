@@ -105,11 +105,12 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
-    /// Attach chains to devices as they come, until interrupted
+    /// Do what needs a process, until interrupted: chains run without it, and go on if it ends
     ///
-    /// Chains whose device went are attached again when it comes back, and those of a pattern to
-    /// each new device that matches. Works in the network namespace it is started in. Chains run
-    /// without it; if it ends, they go on.
+    /// Attaches chains again whose device went and comes back, and those of a pattern to each new
+    /// device that matches. Sends an acknowledgement through subflows on which a chain waits for a
+    /// packet with room. Reads what chains report, for all who follow `events`. Removes what has
+    /// expired from sets. Works in the network namespace it is started in.
     Agent,
     /// Look at and change sets while chains run
     Set {

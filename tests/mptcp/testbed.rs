@@ -114,7 +114,7 @@ fn delayed(delay: &[u64], options: Options) -> Environment {
     })
 }
 
-/// Whether the least round trip times of the subflows are the delays, to 2 %.
+/// Whether the least round trip times of the subflows are the delays, to 5 % (2 % below).
 fn are_close(subflows: &[Subflow], delays: &[u64]) -> bool {
     let ratios = subflows.iter().zip(delays).map(|(subflow, delay)| {
         let delay = Duration::from_millis(*delay);
