@@ -28,6 +28,10 @@ use crate::error::Refused;
 const QUEUE: usize = 4096;
 /// How long the consumer goes without looking at anything but events.
 const TICK: Duration = Duration::from_millis(100);
+/// Before the consumer begins, so that those whom another one served find it first: what is reported
+/// meanwhile stays in the ring buffer.
+const GATHER: Duration = Duration::from_millis(250);
+const LULL: Duration = Duration::from_millis(10);
 /// How often a subscriber to whom nothing is said is looked after.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long subscribers may take to read what is left when the server stops.
@@ -167,6 +171,11 @@ fn serve(listener: UnixListener, mut source: Box<dyn Source>, stop: &AtomicBool)
     let mut subscribers = Subscribers::default();
     let mut events: Vec<Event> = Vec::new();
     let mut result = Ok(());
+    let begin = Instant::now();
+    while begin.elapsed() < GATHER && !stop.load(Ordering::Relaxed) {
+        subscribers.accept(&listener);
+        thread::sleep(LULL);
+    }
     while result.is_ok() && !stop.load(Ordering::Relaxed) {
         result = source.poll(TICK, &mut |event| events.push(event));
         // First: who connected before an event was read is to have it.

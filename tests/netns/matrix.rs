@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -519,12 +520,22 @@ fn every_action_has_a_row() {
     }
 }
 
+/// All files in a folder and those below it.
+fn texts_in(folder: &Path) -> String {
+    let paths = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let texts = paths.map(|path| match path.is_dir() {
+        true => texts_in(&path),
+        false => std::fs::read_to_string(&path).unwrap(),
+    });
+    texts.collect()
+}
+
 #[test]
 fn every_action_of_mptcp_is_tried_where_it_is_spoken() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mptcp");
-    let files = std::fs::read_dir(folder).unwrap();
-    let texts = files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
-    let text: String = texts.collect();
+    let text = texts_in(Path::new(folder));
     for name in OF_MPTCP {
         let used = text.contains(&format!("\"action\": \"{name}\""));
         assert!(used, "no test in tests/mptcp has the action {name}");

@@ -94,9 +94,10 @@ fn so_many_times() {
             let asked = scene.counter(Role::Server, "MPPrioRx");
             let connection = MptcpConnection::open(scene.environment, scene.server, 0);
             connection.fetch(4 * MEGABYTE)?;
-            asked.becomes(count);
+            // Of ACKs that say the same, the receiver may make one before it reads their options.
+            asked.driven(1, || connection.fetch(MEGABYTE).map(drop))?;
             goes_on(&connection)?;
-            asked.is(count);
+            assert!((1..=count).contains(&asked.grown()), "{}", asked.grown());
             assert_eq!(scene.done(), count);
             let later = scene.environment.reason(scene.role(), "t", "not_due");
             assert!(later > 20, "{later}");
