@@ -159,7 +159,8 @@ impl Scheduler {
             }
             for subflow in subflows {
                 let backup = choice.active.as_ref() != Some(&flow(subflow));
-                if subflow.local.backup != backup || subflow.remote.backup != backup {
+                let unasked = subflow.local.backup != backup || subflow.remote.backup != backup;
+                if unasked || (backup && choice.is_unheard(&flow(subflow), now)) {
                     wanted.insert(flow(subflow), backup);
                 }
             }
@@ -225,6 +226,9 @@ struct Times {
     samples: Vec<(Instant, Duration)>,
     /// What it was when it was last chosen or left.
     known: Option<Duration>,
+    /// Payload sent on it, both ways, and when that was last more.
+    bytes: u64,
+    carried_at: Option<Instant>,
 }
 
 impl Times {
@@ -264,10 +268,21 @@ impl Choice {
     fn observe(&mut self, subflows: &[&Subflow], now: Instant) {
         for subflow in subflows {
             let times = self.times.entry(flow(subflow)).or_default();
+            let bytes = subflow.local.bytes + subflow.remote.bytes;
+            if bytes > times.bytes {
+                (times.bytes, times.carried_at) = (bytes, Some(now));
+            }
             if let Some(rtt) = subflow.local.rtt {
                 times.add(rtt.last, now);
             }
         }
+    }
+
+    /// Whether a path still carries data a good while after the hosts were asked to use another:
+    /// what was said can be lost with its packet.
+    fn is_unheard(&self, path: &Flow, now: Instant) -> bool {
+        let carried_at = self.times.get(path).and_then(|times| times.carried_at);
+        now - self.since > TRIAL && carried_at.is_some_and(|at| now - at < 2 * TICK)
     }
 
     /// Chooses; what has changed, in words.
