@@ -32,7 +32,7 @@ use serde_json::Value;
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_policy-chain");
 /// How long anything is waited for that must happen.
-pub const DEADLINE: Duration = Duration::from_secs(10);
+pub const DEADLINE: Duration = Duration::from_secs(30);
 
 const BPFFS: &str = "/sys/fs/bpf";
 const PREFIX: &str = "pct-";

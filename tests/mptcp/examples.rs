@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use policy_chain::engine::store::Store;
+use policy_chain::monitor::connections;
 use policy_chain::testbed::{Announce, Options, Role};
 
 use crate::common::mptcp::{MptcpConnection, mptcp_options};
@@ -23,26 +25,52 @@ const SLOW: Duration = Duration::from_millis(40);
 /// What a share is taken of.
 const MOMENT: Duration = Duration::from_millis(200);
 
-/// Payload that the client sent, by path.
-fn sent(environment: &Environment) -> BTreeMap<String, u64> {
-    let list = environment.json(Role::Client, &["connections", "--json", "--over", "1ms"]);
-    let connections = list.as_array().unwrap().iter();
-    let subflows = connections.flat_map(|it| it["subflows"].as_array().unwrap());
-    let mut sent = BTreeMap::new();
-    for subflow in subflows {
-        let device = subflow["device"].as_str().unwrap().to_owned();
-        *sent.entry(device).or_default() += subflow["local"]["bytes"].as_u64().unwrap();
+/// What the client's subflows were at one time, by path.
+struct Look {
+    at: Instant,
+    /// Payload that the client sent.
+    sent: BTreeMap<String, u64>,
+    /// The last round-trip time seen.
+    rtt: BTreeMap<String, Duration>,
+}
+
+impl Look {
+    fn now(environment: &Environment) -> Look {
+        let read = || connections::read(&Store::open(environment.folder())?);
+        let found = environment.namespace(Role::Client).enter(read);
+        let mut look = Look {
+            at: Instant::now(),
+            sent: BTreeMap::new(),
+            rtt: BTreeMap::new(),
+        };
+        for subflow in found.unwrap().unwrap().iter().flat_map(|it| &it.subflows) {
+            let device = subflow.device.clone();
+            *look.sent.entry(device.clone()).or_default() += subflow.local.bytes;
+            look.rtt
+                .extend(subflow.local.rtt.map(|it| (device, it.last)));
+        }
+        look
     }
-    sent
+
+    /// The share of a path in what was sent since an earlier look; NaN if that is nothing.
+    fn share(&self, device: &str, earlier: &Look) -> f64 {
+        let moved = |name: &str| {
+            let before = earlier.sent.get(name).copied().unwrap_or(0);
+            self.sent
+                .get(name)
+                .copied()
+                .unwrap_or(0)
+                .saturating_sub(before) as f64
+        };
+        moved(device) / self.sent.keys().map(|name| moved(name)).sum::<f64>()
+    }
 }
 
 /// The share of a path in what the client sends during a moment.
 fn share(environment: &Environment, device: &str) -> f64 {
-    let before = sent(environment);
+    let before = Look::now(environment);
     thread::sleep(MOMENT);
-    let after = sent(environment);
-    let moved = |name: &str| (after[name] - before.get(name).copied().unwrap_or(0)) as f64;
-    moved(device) / after.keys().map(|name| moved(name)).sum::<f64>()
+    Look::now(environment).share(device, &before)
 }
 
 /// Runs an example in the client's namespace, and `check` beside it with steady traffic from the
@@ -104,8 +132,37 @@ fn beside(
     );
 }
 
-/// The path of lower round-trip time carries the data. When they change places, which the active
-/// path shows within a round trip or two, data moves within a second.
+/// Waits until a path carries the data, and stays so for a while.
+fn settles_on(environment: &Environment, device: &str) {
+    eventually(&format!("it settles on {device}"), || {
+        (0..6)
+            .all(|_| share(environment, device) > 0.9)
+            .then_some(())
+    });
+}
+
+/// Watches until the data is on the path `to`: how long that took since a slow round trip was
+/// first seen on `from`.
+fn moves(environment: &Environment, from: &str, to: &str) -> Duration {
+    let mut looks: Vec<Look> = Vec::new();
+    eventually(&format!("the data moves to {to}"), || {
+        thread::sleep(Duration::from_millis(15));
+        let look = Look::now(environment);
+        let seen = looks.iter().find(|it| it.rtt[from] > (FAST + SLOW) / 2);
+        // The share of a moment is that of its beginning.
+        let begin = looks.iter().rfind(|it| look.at - it.at >= MOMENT);
+        let taken = seen.zip(begin).and_then(|(seen, begin)| {
+            let moved = look.share(to, begin) > 0.9 && begin.at >= seen.at;
+            moved.then_some(begin.at - seen.at)
+        });
+        looks.push(look);
+        taken
+    })
+}
+
+/// The path of lower round-trip time carries the data. When the two change places, data moves
+/// within a second of a slow round trip being seen: in most cases, for another program can keep
+/// this one from running.
 fn follows_the_faster_path(version: usize) {
     let environment = Environment::with(&Options {
         delay: vec![FAST, SLOW],
@@ -115,26 +172,18 @@ fn follows_the_faster_path(version: usize) {
     let run = |stop: &AtomicBool| path_scheduler::run(environment.folder(), &devices, stop);
     let address = server_addresses(&environment)[version];
     beside(&environment, address, run, "path-scheduler-ask", || {
-        // It tries both first.
-        let settled = || {
-            (0..6)
-                .all(|_| share(&environment, "path1") > 0.9)
-                .then_some(())
-        };
-        eventually("it settles on path 1", settled);
-        environment.testbed.set_delay(1, SLOW).unwrap();
-        environment.testbed.set_delay(2, FAST).unwrap();
-        let begin = Instant::now();
-        eventually("the data moves", || {
-            (share(&environment, "path2") > 0.9).then_some(())
+        settles_on(&environment, "path1");
+        let swaps = [(1, 2), (2, 1), (1, 2)].map(|(from, to)| {
+            environment.testbed.set_delay(from, SLOW).unwrap();
+            environment.testbed.set_delay(to, FAST).unwrap();
+            let [from, to] = [from, to].map(|number| format!("path{number}"));
+            let taken = moves(&environment, &from, &to);
+            settles_on(&environment, &to);
+            taken
         });
-        // To be seen the change takes the slow path's round trip; and it is measured for a while.
-        let limit = Duration::from_secs(1) + SLOW + MOMENT * 2;
-        let taken = begin.elapsed();
-        assert!(taken < limit, "moved after {taken:?}");
-        let stays = (0..4).map(|_| share(&environment, "path2"));
-        let stays: Vec<f64> = stays.collect();
-        assert!(stays.iter().all(|share| *share > 0.9), "{stays:?}");
+        eprintln!("data moved after {swaps:.0?}");
+        let in_time = |taken: &&Duration| **taken <= Duration::from_secs(1);
+        assert!(swaps.iter().filter(in_time).count() >= 2, "{swaps:?}");
     });
 }
 

@@ -29,7 +29,7 @@ pub const NEIGHBOUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x71];
 /// How many markers are sent at a time.
 pub const MARKERS: u64 = 2;
 
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(30);
 /// IEEE's "local experimental 1", which nothing else here sends.
 const MARKER: [u8; 2] = [0x88, 0xb5];
 const MARKER_END: &[u8] = b"the end is near";
