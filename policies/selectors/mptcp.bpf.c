@@ -136,28 +136,17 @@ __noinline __u32 mptcp_options_match(hook_ctx *ctx, __u32 offset, __u32 length, 
 	if (!ctx)
 		return 2;
 	for (i = 0; i < TCP_MAX_OPTIONS; i++) {
-		__u32 size = 1;
-		__u8 *option;
+		__u32 size;
+		__u8 kind;
 
 		at = (at + zero) & 63;
-		if (at >= length)
+		size = option_size(ctx, offset, at, length, &kind);
+		if (size == OPTION_END)
 			return 0;
-		option = pkt_at(ctx, offset + at, 1);
-		if (!option)
+		if (size == OPTION_BAD)
 			return 2;
-		if (option[0] == OPTION_KIND_EOL)
-			return 0;
-		if (option[0] != OPTION_KIND_NOP) {
-			option = pkt_at(ctx, offset + at, 2);
-			if (!option)
-				return 2;
-			size = option[1];
-			if (size < 2 || at + size > length)
-				return 2;
-			if (option[0] == OPTION_KIND_MPTCP &&
-			    option_accepted(ctx, offset + at, size, syn))
-				return 1;
-		}
+		if (kind == OPTION_KIND_MPTCP && option_accepted(ctx, offset + at, size, syn))
+			return 1;
 		at += size;
 	}
 	return 0;

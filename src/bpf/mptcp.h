@@ -47,27 +47,17 @@ __noinline __u64 mptcp_find(hook_ctx *ctx, __u32 offset, __u32 length, __u32 zer
 	if (!ctx)
 		return MPTCP_INDEX_MALFORMED;
 	for (i = 0; i < TCP_MAX_OPTIONS; i++) {
-		__u32 size = 1, shift;
-		__u8 *option;
+		__u32 size, shift;
+		__u8 kind, *option;
 
 		at = (at + zero) & 63;
 		index += zero;
-		if (at >= length)
+		size = option_size(ctx, offset, at, length, &kind);
+		if (size == OPTION_END)
 			return index;
-		option = pkt_at(ctx, offset + at, 1);
-		if (!option)
+		if (size == OPTION_BAD)
 			return MPTCP_INDEX_MALFORMED;
-		if (option[0] == OPTION_KIND_EOL)
-			return index;
-		if (option[0] != OPTION_KIND_NOP) {
-			option = pkt_at(ctx, offset + at, 2);
-			if (!option)
-				return MPTCP_INDEX_MALFORMED;
-			size = option[1];
-			if (size < 2 || at + size > length)
-				return MPTCP_INDEX_MALFORMED;
-		}
-		if (option[0] == OPTION_KIND_MPTCP && size > 2) {
+		if (kind == OPTION_KIND_MPTCP && size > 2) {
 			option = pkt_at(ctx, offset + at, 3);
 			if (!option)
 				return MPTCP_INDEX_MALFORMED;

@@ -42,6 +42,36 @@ enum mptcp_subtype {
 /* Options by byte: bit i stands for byte i of the option space. */
 #define OPTIONS_MALFORMED (1ULL << 63)
 
+/* What option_size() says where there is none. */
+#define OPTION_END 0
+#define OPTION_BAD (~0u)
+
+/*
+ * One step of a walk: the size and the kind of the option at `at` among the `length` bytes of
+ * options at `offset`. OPTION_END: no more of them; OPTION_BAD: it is shorter than 2 bytes or ends
+ * behind the header. All of its bytes up to the second were seen to be in the packet.
+ */
+static __always_inline __u32 option_size(hook_ctx *ctx, __u32 offset, __u32 at, __u32 length,
+					 __u8 *kind)
+{
+	__u8 *option;
+
+	if (at >= length)
+		return OPTION_END;
+	option = pkt_at(ctx, offset + at, 1);
+	if (!option)
+		return OPTION_BAD;
+	*kind = option[0];
+	if (*kind == OPTION_KIND_EOL)
+		return OPTION_END;
+	if (*kind == OPTION_KIND_NOP)
+		return 1;
+	option = pkt_at(ctx, offset + at, 2);
+	if (!option || option[1] < 2 || at + option[1] > length)
+		return OPTION_BAD;
+	return option[1];
+}
+
 /*
  * What to look for: every option of `kind`, or of one MPTCP subtype, and of those with bits `mask`
  * of the four behind the subtype only the ones where they are `value`.
@@ -68,26 +98,16 @@ __noinline __u64 tcp_options_find(hook_ctx *ctx, __u32 offset, __u32 length, __u
 	if (!ctx)
 		return OPTIONS_MALFORMED;
 	for (i = 0; i < TCP_MAX_OPTIONS; i++) {
-		__u32 size = 1, subtype, bits;
-		__u8 *option;
+		__u32 size, subtype, bits;
+		__u8 kind, *option;
 
 		at = (at + zero) & 63;
-		if (at >= length)
+		size = option_size(ctx, offset, at, length, &kind);
+		if (size == OPTION_END)
 			return found;
-		option = pkt_at(ctx, offset + at, 1);
-		if (!option)
+		if (size == OPTION_BAD)
 			return OPTIONS_MALFORMED;
-		if (option[0] == OPTION_KIND_EOL)
-			return found;
-		if (option[0] != OPTION_KIND_NOP) {
-			option = pkt_at(ctx, offset + at, 2);
-			if (!option)
-				return OPTIONS_MALFORMED;
-			size = option[1];
-			if (size < 2 || at + size > length)
-				return OPTIONS_MALFORMED;
-		}
-		if (option[0] == (wanted >> 8 & 0xff)) {
+		if (kind == (wanted >> 8 & 0xff)) {
 			subtype = MPTCP_SUBTYPE_ANY;
 			bits = 0;
 			if (size > 2) {
