@@ -12,8 +12,8 @@ struct params {
 };
 PARAMS;
 
-/* What the HMAC is of (RFC 8684, 3.4.1): id, address, port. Returns its length. */
-static __always_inline __u32 announcement(__u8 *message, __u8 id, bool is_v4)
+/* What the HMAC is of (RFC 8684, 3.4.1): id, address, port. */
+static __always_inline void announcement(__u8 *message, __u8 id, bool is_v4)
 {
 	const __u32 address = is_v4 ? 4 : 16;
 	__u32 i;
@@ -25,18 +25,15 @@ static __always_inline __u32 announcement(__u8 *message, __u8 id, bool is_v4)
 			message[1 + i] = params.address.addr[16 - address + i];
 	message[1 + address] = params.port & 0xff;
 	message[2 + address] = params.port >> 8;
-	return 3 + address;
 }
 
-/* Writes the ADD_ADDR option; returns its length. */
+/* Writes the ADD_ADDR option, but for its first bytes; returns its length. */
 static __always_inline __u32 add_addr_write(__u8 *option, const __u8 *message, __be64 hmac,
 					    bool is_v4)
 {
 	const __u32 address = is_v4 ? 4 : 16;
 	__u32 i, at = 4 + address;
 
-	option[0] = OPTION_KIND_MPTCP;
-	option[2] = MPTCP_SUBTYPE_ADD_ADDR << 4;
 	option[3] = message[0];
 #pragma unroll
 	for (i = 0; i < 16; i++)
@@ -48,7 +45,6 @@ static __always_inline __u32 add_addr_write(__u8 *option, const __u8 *message, _
 		at += 2;
 	}
 	__builtin_memcpy(option + at, &hmac, sizeof(hmac));
-	option[1] = at + sizeof(hmac);
 	return at + sizeof(hmac);
 }
 
@@ -58,9 +54,9 @@ ACTION(add_subflow,
 {
 	const bool is_v4 = !params.address.words[0] && !params.address.words[1] &&
 			   params.address.words[2] == bpf_htonl(0xffff);
-	struct options_scratch *scratch = tcp_options_scratch();
+	struct options_scratch *scratch;
 	struct mptcp_segment mptcp = {};
-	enum reason reason = mptcp_parse_to_add(ctx, &mptcp);
+	enum reason reason = mptcp_open(ctx, &mptcp, MPTCP_SUBTYPE_ADD_ADDR, &scratch);
 	__u8 message[HMAC_MESSAGE_MAX] = {};
 	struct connection_keys *keys;
 	__be64 hmac;
@@ -69,10 +65,6 @@ ACTION(add_subflow,
 
 	if (reason)
 		return SKIP(reason);
-	if (!scratch)
-		return SKIP(REASON_HELPER_FAILED);
-	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_ADD_ADDR))
-		return SKIP(REASON_OPTION_PRESENT);
 	own = subflow_end(mptcp.subflow, mptcp.sender);
 	if (announced_lately(own, params.apart))
 		return SKIP(REASON_NOT_DUE);
@@ -87,8 +79,6 @@ ACTION(add_subflow,
 	if (failed)
 		return SKIP(REASON_HELPER_FAILED);
 	size = add_addr_write(scratch->insert, message, hmac, is_v4);
-	reason = mptcp_add(ctx, &mptcp, scratch, size);
-	if (!reason)
-		own->announced_at = bpf_ktime_get_ns();
-	return done_or_skip(reason);
+	mptcp_option_begin(scratch, MPTCP_SUBTYPE_ADD_ADDR, 0, size);
+	return done_or_skip(mptcp_announce(ctx, &mptcp, scratch, size));
 }

@@ -16,19 +16,14 @@ ACTION(mp_prio,
        "ask the receiver to use the subflow as backup or not, by an MP_PRIO option on the next "
        "packet with room", ONCE)
 {
-	struct options_scratch *scratch = tcp_options_scratch();
+	struct options_scratch *scratch;
 	struct mptcp_segment mptcp = {};
-	enum reason reason = mptcp_parse_to_add(ctx, &mptcp);
+	enum reason reason = mptcp_open(ctx, &mptcp, MPTCP_SUBTYPE_MP_PRIO, &scratch);
 
 	if (reason)
 		return SKIP(reason);
-	if (!scratch)
-		return SKIP(REASON_HELPER_FAILED);
-	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_MP_PRIO))
-		return SKIP(REASON_OPTION_PRESENT);
-	scratch->insert[0] = OPTION_KIND_MPTCP;
-	scratch->insert[1] = MP_PRIO_LENGTH;
-	scratch->insert[2] = MPTCP_SUBTYPE_MP_PRIO << 4 | (PARAM(backup) ? MP_BACKUP : 0);
+	mptcp_option_begin(scratch, MPTCP_SUBTYPE_MP_PRIO, PARAM(backup) ? MP_BACKUP : 0,
+			   MP_PRIO_LENGTH);
 	reason = mptcp_add(ctx, &mptcp, scratch, MP_PRIO_LENGTH);
 	if (!reason)
 		subflow_end(mptcp.subflow, mptcp.sender)->backup = PARAM(backup);

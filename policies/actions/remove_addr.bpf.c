@@ -16,21 +16,15 @@ ACTION(remove_addr,
        "have the receiver give up the subflows of an address, by a REMOVE_ADDR option on the next "
        "packet with room", ONCE)
 {
-	struct options_scratch *scratch = tcp_options_scratch();
+	struct options_scratch *scratch;
 	struct mptcp_segment mptcp = {};
-	enum reason reason = mptcp_parse_to_add(ctx, &mptcp);
+	enum reason reason = mptcp_open(ctx, &mptcp, MPTCP_SUBTYPE_REMOVE_ADDR, &scratch);
 
 	if (reason)
 		return SKIP(reason);
-	if (!scratch)
-		return SKIP(REASON_HELPER_FAILED);
 	if (!PARAM(id) && !PARAM(unsafe))
 		return SKIP(REASON_UNSAFE);
-	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_REMOVE_ADDR))
-		return SKIP(REASON_OPTION_PRESENT);
-	scratch->insert[0] = OPTION_KIND_MPTCP;
-	scratch->insert[1] = REMOVE_ADDR_LENGTH;
-	scratch->insert[2] = MPTCP_SUBTYPE_REMOVE_ADDR << 4;
+	mptcp_option_begin(scratch, MPTCP_SUBTYPE_REMOVE_ADDR, 0, REMOVE_ADDR_LENGTH);
 	scratch->insert[3] = PARAM(id);
 	return done_or_skip(mptcp_add(ctx, &mptcp, scratch, REMOVE_ADDR_LENGTH));
 }

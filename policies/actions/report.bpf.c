@@ -29,7 +29,7 @@ static __always_inline bool dss_is_infinite(hook_ctx *ctx, const struct mptcp_se
 	if (at + 2 > dss[1])
 		return false;
 	at += mptcp->segment.at.transport + sizeof(struct tcphdr) - 1 +
-	      (mptcp->index >> MPTCP_SUBTYPE_DSS * MPTCP_INDEX_BITS & MPTCP_INDEX_MASK);
+	      mptcp_at(mptcp->index, MPTCP_SUBTYPE_DSS);
 	length = pkt_at(ctx, at, sizeof(*length));
 	return length && !*length;
 }
@@ -52,7 +52,7 @@ static __always_inline void blank_keys(struct report *report, __u64 index,
 				       enum mptcp_subtype subtype)
 {
 	const __u32 key = 8, with_key = 4 + key;
-	__u32 at = index >> subtype * MPTCP_INDEX_BITS & MPTCP_INDEX_MASK;
+	__u32 at = mptcp_at(index, subtype);
 	__u8 *option;
 
 	if (!at || at - 1 + with_key > TCP_MAX_OPTIONS)

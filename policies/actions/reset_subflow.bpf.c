@@ -55,10 +55,8 @@ ACTION(reset_subflow,
 	if (!scratch)
 		return SKIP(REASON_HELPER_FAILED);
 	marked = tcp_options_marked(ctx, &mptcp.segment, OPTION_KIND_MPTCP, MPTCP_SUBTYPE_ANY);
-	scratch->insert[0] = OPTION_KIND_MPTCP;
-	scratch->insert[1] = MP_TCPRST_LENGTH;
-	scratch->insert[2] = MPTCP_SUBTYPE_MP_TCPRST << 4 |
-			     (PARAM(transient) ? TCPRST_TRANSIENT : 0);
+	mptcp_option_begin(scratch, MPTCP_SUBTYPE_MP_TCPRST,
+			   PARAM(transient) ? TCPRST_TRANSIENT : 0, MP_TCPRST_LENGTH);
 	scratch->insert[3] = PARAM(reason);
 	reason = tcp_options_exchange(ctx, &mptcp.segment, scratch, marked, MP_TCPRST_LENGTH);
 	if (reason)

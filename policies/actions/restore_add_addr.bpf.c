@@ -30,33 +30,25 @@ static __always_inline struct held_option *held_due(const struct mptcp_segment *
 
 ACTION(restore_add_addr, "give back what hold_add_addr holds, one address on a packet with room")
 {
-	struct options_scratch *scratch = tcp_options_scratch();
+	struct options_scratch *scratch;
 	struct mptcp_segment mptcp = {};
-	enum reason reason = mptcp_parse_to_add(ctx, &mptcp);
-	struct subflow_end *own;
+	enum reason reason = mptcp_open(ctx, &mptcp, MPTCP_SUBTYPE_ADD_ADDR, &scratch);
 	struct held_option *held;
 	__u32 size;
 
 	if (reason)
 		return SKIP(reason);
-	if (!scratch)
-		return SKIP(REASON_HELPER_FAILED);
 	held = held_due(&mptcp);
 	if (!held)
 		return SKIP(REASON_NOT_HELD);
-	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_ADD_ADDR))
-		return SKIP(REASON_OPTION_PRESENT);
-	own = subflow_end(mptcp.subflow, mptcp.sender);
-	if (announced_lately(own, params.apart))
+	if (announced_lately(subflow_end(mptcp.subflow, mptcp.sender), params.apart))
 		return SKIP(REASON_NOT_DUE);
 	size = held->length;
 	if (size > HELD_MAX)
 		return SKIP(REASON_BAD_OPTION);
 	__builtin_memcpy(scratch->insert, held->option, HELD_MAX);
-	reason = mptcp_add(ctx, &mptcp, scratch, size);
-	if (!reason) {
+	reason = mptcp_announce(ctx, &mptcp, scratch, size);
+	if (!reason)
 		held->length = 0;
-		own->announced_at = bpf_ktime_get_ns();
-	}
 	return done_or_skip(reason);
 }

@@ -28,7 +28,7 @@ enum dss_flag {
 	DSS_FLAG_FIN = 1 << 4,
 };
 
-/* Six bits a subtype: 1 + the offset of its first option among all options; 0: there is none. */
+/* Six bits a subtype, as mptcp_at() reads them. */
 #define MPTCP_INDEX_BITS 6
 #define MPTCP_INDEX_MASK 63
 #define MPTCP_SUBTYPES 9
@@ -80,9 +80,15 @@ static __always_inline __u64 mptcp_index(hook_ctx *ctx, const struct segment *se
 	return index & MPTCP_INDEX_MALFORMED ? 0 : index;
 }
 
-static __always_inline bool mptcp_has(__u64 index, enum mptcp_subtype subtype)
+/* 1 + the offset of the first option of the subtype among all options; 0: there is none. */
+static __always_inline __u32 mptcp_at(__u64 index, enum mptcp_subtype subtype)
 {
 	return index >> subtype * MPTCP_INDEX_BITS & MPTCP_INDEX_MASK;
+}
+
+static __always_inline bool mptcp_has(__u64 index, enum mptcp_subtype subtype)
+{
+	return mptcp_at(index, subtype);
 }
 
 /* Its first `size` bytes, or NULL: absent, or shorter. */
@@ -90,13 +96,22 @@ static __always_inline __u8 *mptcp_option(hook_ctx *ctx, const struct segment *s
 					  __u64 index, enum mptcp_subtype subtype,
 					  const __u32 size)
 {
-	__u32 at = index >> subtype * MPTCP_INDEX_BITS & MPTCP_INDEX_MASK;
+	__u32 at = mptcp_at(index, subtype);
 	__u8 *option;
 
 	if (!at)
 		return (void *)0;
 	option = pkt_at(ctx, segment->at.transport + sizeof(struct tcphdr) + at - 1, size);
 	return option && option[1] >= size ? option : (void *)0;
+}
+
+/* Begins an option to insert; `bits` are those behind its subtype, `size` is in bytes. */
+static __always_inline void mptcp_option_begin(struct options_scratch *scratch,
+					       enum mptcp_subtype subtype, __u8 bits, __u8 size)
+{
+	scratch->insert[0] = OPTION_KIND_MPTCP;
+	scratch->insert[1] = size;
+	scratch->insert[2] = subtype << 4 | bits;
 }
 
 /*

@@ -106,6 +106,24 @@ static __always_inline enum reason mptcp_parse_to_add(hook_ctx *ctx, struct mptc
 }
 
 /*
+ * Begins to add an option of the subtype, of which a segment has only one, and gives the scratch
+ * to build it in.
+ */
+static __always_inline enum reason mptcp_open(hook_ctx *ctx, struct mptcp_segment *mptcp,
+					      enum mptcp_subtype subtype,
+					      struct options_scratch **scratch)
+{
+	enum reason reason = mptcp_parse_to_add(ctx, mptcp);
+
+	if (reason)
+		return reason;
+	if (mptcp_has(mptcp->index, subtype))
+		return REASON_OPTION_PRESENT;
+	*scratch = tcp_options_scratch();
+	return *scratch ? REASON_NONE : REASON_HELPER_FAILED;
+}
+
+/*
  * A receiver that is still busy with an announcement drops the next one, which nobody would repeat:
  * so they come apart by `apart` nanoseconds.
  */
@@ -118,11 +136,22 @@ static __always_inline bool announced_lately(const struct subflow_end *own, __u6
 	return own->announced_at && bpf_ktime_get_ns() - own->announced_at < apart;
 }
 
-/* As mptcp_insert(), on a segment from mptcp_parse_to_add(). */
+/* As mptcp_insert(), on a segment from mptcp_open(). */
 static __always_inline enum reason mptcp_add(hook_ctx *ctx, const struct mptcp_segment *mptcp,
 					     struct options_scratch *scratch, __u32 size)
 {
 	bool may_replace = subflow_end(mptcp->subflow, mptcp->sender)->data_seen > 1;
 
 	return mptcp_insert(ctx, &mptcp->segment, scratch, mptcp->index, size, may_replace);
+}
+
+/* The same for an address. */
+static __always_inline enum reason mptcp_announce(hook_ctx *ctx, const struct mptcp_segment *mptcp,
+						  struct options_scratch *scratch, __u32 size)
+{
+	enum reason reason = mptcp_add(ctx, mptcp, scratch, size);
+
+	if (!reason)
+		subflow_end(mptcp->subflow, mptcp->sender)->announced_at = bpf_ktime_get_ns();
+	return reason;
 }
