@@ -6,57 +6,76 @@
 
 static const struct held_options nothing_held;
 
-/* Keeps the announcement, in the slot of its id. */
-static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segment *mptcp)
+static __always_inline struct held_options *held_of(const struct flow_id *flow)
 {
-	struct held_options *held = bpf_map_lookup_elem(&pcd_held, &mptcp->flow);
+	struct held_options *held = bpf_map_lookup_elem(&pcd_held, flow);
+
+	if (held)
+		return held;
+	if (bpf_map_update_elem(&pcd_held, flow, &nothing_held, 0 /* BPF_ANY */))
+		return (void *)0;
+	return bpf_map_lookup_elem(&pcd_held, flow);
+}
+
+/* Keeps the first of the marked announcements in the slot of its id. */
+static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segment *mptcp,
+					__u64 marked, struct held_option **kept)
+{
+	__u32 at = mptcp->segment.at.transport + sizeof(struct tcphdr) + lowest_bit(marked);
+	struct held_options *held = held_of(&mptcp->flow);
 	struct held_option *slot;
-	__u8 *option = mptcp_option(ctx, &mptcp->segment, mptcp->index, MPTCP_SUBTYPE_ADD_ADDR, 4);
-	__u32 at, length;
+	__u8 *option = pkt_at(ctx, at, 4);
+	__u32 length;
 	bool same;
 
-	if (!option || option[2] & ADD_ADDR_ECHO)
-		return REASON_OPTION_ABSENT;
-	if (!held) {
-		if (bpf_map_update_elem(&pcd_held, &mptcp->flow, &nothing_held, 0))
-			return REASON_HELPER_FAILED;
-		held = bpf_map_lookup_elem(&pcd_held, &mptcp->flow);
-		if (!held)
-			return REASON_HELPER_FAILED;
-		option = mptcp_option(ctx, &mptcp->segment, mptcp->index, MPTCP_SUBTYPE_ADD_ADDR,
-				      4);
-		if (!option)
-			return REASON_TRUNCATED;
-	}
-	slot = held_slot(held, mptcp->sender, option[3]);
+	if (!held)
+		return REASON_HELPER_FAILED;
+	if (!option)
+		return REASON_TRUNCATED;
 	length = option[1];
-	if (!slot || length > HELD_MAX)
+	slot = held_slot(held, mptcp->sender, option[3]);
+	if (!slot || length < 4 || length > HELD_MAX)
 		return REASON_BAD_OPTION;
-	same = slot->option[3] == option[3];
-	at = mptcp->segment.at.transport + sizeof(struct tcphdr) - 1 +
-	     (mptcp->index >> MPTCP_SUBTYPE_ADD_ADDR * MPTCP_INDEX_BITS & MPTCP_INDEX_MASK);
+	same = slot->length && slot->option[3] == option[3];
 	length = bounded(length - 1, sizeof(slot->option) - 1) + 1;
 	if (pkt_load(ctx, at, slot->option, length))
 		return REASON_TRUNCATED;
 	/* sent again, it is still the one held */
-	if (!slot->length || !same)
+	if (!same)
 		slot->since = bpf_ktime_get_ns();
 	slot->length = length;
+	*kept = slot;
 	return REASON_NONE;
 }
 
+/*
+ * A segment has one announcement. Should some host put more into one, the others are taken out
+ * too: what is not echoed is announced again.
+ */
 ACTION(hold_add_addr,
        "take ADD_ADDR options out and keep them, for restore_add_addr to give them later")
 {
 	struct mptcp_segment mptcp = {};
 	enum reason reason = mptcp_parse(ctx, &mptcp);
+	struct held_option *kept;
+	enum outcome outcome;
+	__u64 marked;
 
 	if (reason)
 		return SKIP(reason);
 	if (mptcp.segment.at.authenticated)
 		return SKIP(REASON_AUTHENTICATED);
-	reason = hold(ctx, &mptcp);
+	marked = announcements_marked(ctx, &mptcp.segment);
+	if (marked & OPTIONS_MALFORMED)
+		return SKIP(REASON_BAD_OPTION);
+	if (!marked)
+		return SKIP(REASON_OPTION_ABSENT);
+	reason = hold(ctx, &mptcp, marked, &kept);
 	if (reason)
 		return SKIP(reason);
-	return strip_add_addr(ctx, &mptcp);
+	outcome = strip_add_addr(ctx, &mptcp, marked);
+	/* it goes out now, so it is not to be given again */
+	if (outcome < 0)
+		kept->length = 0;
+	return outcome;
 }

@@ -34,7 +34,7 @@ static __always_inline enum outcome strip_announcements(hook_ctx *ctx)
 		return SKIP(reason);
 	if (mptcp.segment.at.authenticated)
 		return SKIP(REASON_AUTHENTICATED);
-	return strip_add_addr(ctx, &mptcp);
+	return strip_add_addr(ctx, &mptcp, announcements_marked(ctx, &mptcp.segment));
 }
 
 ACTION(strip_option, "overwrite or take out a TCP option, every one of its kind in the segment")

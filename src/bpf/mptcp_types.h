@@ -14,7 +14,7 @@ struct subflow_end {
 	__u64 retransmissions;	/* segments that begin before what it had sent already */
 	__u64 seen_at;		/* its last packet; nanoseconds of CLOCK_MONOTONIC, as all times here */
 	__u64 stamped_at;	/* the segment with the timestamp `stamp`; 0: none is waited for */
-	__u64 announced_at;	/* an address, by a chain; 0: never */
+	__u64 announced_at;	/* an address, by its host or by a chain; 0: never */
 	__u64 rtt_min;		/* from this device to the other end and back, nanoseconds; 0: unknown */
 	__u64 rtt_smoothed;	/* RFC 6298, 2: each sample counts for an eighth */
 	__u64 rtt_last;

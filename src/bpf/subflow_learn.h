@@ -133,6 +133,9 @@ static __always_inline void subflow_learn(hook_ctx *ctx, bool keep_keys, bool ke
 		mptcp.subflow->flags |= SUBFLOW_ESTABLISHED;
 	if (own->data_seen < 2 && mptcp_has(mptcp.index, MPTCP_SUBTYPE_DSS))
 		own->data_seen++;
+	option = mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_ADD_ADDR, 3);
+	if (option && !(option[2] & ADD_ADDR_ECHO))
+		own->announced_at = own->seen_at;
 	option = mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_MP_PRIO,
 			      MP_PRIO_LENGTH);
 	if (option)

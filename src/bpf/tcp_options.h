@@ -135,6 +135,12 @@ static __always_inline __u64 tcp_options_marked(hook_ctx *ctx, const struct segm
 				option_wanted(kind, subtype, 0, 0), 0);
 }
 
+/* Where the first of the marked bytes is; there must be one. */
+static __always_inline __u32 lowest_bit(__u64 marked)
+{
+	return __builtin_popcountll((marked & -marked) - 1) & 63;
+}
+
 /*
  * Where the only option that is marked stands, from the TCP header on; 0 if it has another
  * length, or there are more of them.

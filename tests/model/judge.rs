@@ -332,11 +332,18 @@ impl Model {
                 if signals.segment.ip.signed {
                     return Err("authenticated");
                 }
-                self.subflows.hold(&signals)?;
-                return self.take_announcements(frame, &signals);
+                let slot = self.subflows.hold(frame, &signals)?;
+                let taken = self.take_announcements(frame, &signals);
+                if taken.is_err() {
+                    self.subflows.release(&signals, slot);
+                }
+                return taken;
             }
             What::RestoreAddAddr { never } => {
                 let signals = self.subflows.ready(frame)?;
+                if signals.has(ADD_ADDR) {
+                    return Err("option_present");
+                }
                 let held = self.subflows.held(&signals).filter(|_| !never);
                 let (slot, option) = held.ok_or("not_held")?;
                 self.add(frame, &signals, ADD_ADDR, &option)?;
@@ -354,6 +361,9 @@ impl Model {
             What::RemoveAddr { id, sure } => {
                 let id = number(*id, 0..=255)? as u8;
                 let signals = self.subflows.ready(frame)?;
+                if signals.has(REMOVE_ADDR) {
+                    return Err("option_present");
+                }
                 if id == 0 && !sure {
                     return Err("unsafe");
                 }
@@ -578,7 +588,7 @@ impl Model {
         }
         let edge = segment.has(SYN) || segment.has(FIN) || segment.has(RST);
         let all = segment.is_bare() && !signals.has(DSS) && !edge;
-        if all && self.subflows.dss_seen(signals) == 0 {
+        if all && self.subflows.dss_seen(signals) < 2 {
             return Ok(Step::End(Verdict::Drop));
         }
         found.for_each(|option| option.fill(NOP));

@@ -295,16 +295,18 @@ impl Subflows {
         Ok([&[MPTCP, 2 + body.len() as u8], &body[..]].concat())
     }
 
-    /// Keeps the first announcement of a segment.
-    pub fn hold(&mut self, signals: &Signals) -> Result<(), Reason> {
-        let option = signals.option(ADD_ADDR, 4);
-        let option = option.filter(|it| announces(it)).ok_or("option_absent")?;
-        if option.len() > LONGEST_ADD_ADDR {
+    /// Keeps the first announcement of a segment: in which slot.
+    pub fn hold(&mut self, frame: &[u8], signals: &Signals) -> Result<usize, Reason> {
+        let options = Options::parse(signals.segment.options(frame))?;
+        let mut announcements = options.list.iter().filter(|it| announces(it));
+        let option = announcements.next().ok_or("option_absent")?;
+        if !(4..=LONGEST_ADD_ADDR).contains(&option.len()) {
             return Err("bad_option");
         }
         let held = self.held.entry((signals.flow, signals.sender)).or_default();
-        held[usize::from(option[3]) % SLOTS] = Some(option.clone());
-        Ok(())
+        let slot = usize::from(option[3]) % SLOTS;
+        held[slot] = Some(option.clone());
+        Ok(slot)
     }
 
     pub fn held(&self, signals: &Signals) -> Option<(usize, Bytes)> {

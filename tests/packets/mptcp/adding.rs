@@ -405,6 +405,34 @@ fn add_subflow_on_a_subflow_that_joined() {
     }
 }
 
+/// A host's own announcement keeps its peer busy as well; an echo does not.
+#[test]
+fn add_subflow_waits_after_what_the_host_announced() {
+    let (address, id, port, _) = addresses()[0];
+    let mut action = add_subflow(address, id, port);
+    action["apart"] = "1h".into();
+    let ack = data_ack();
+    for connection in Connection::all() {
+        let (client, server) = (connection.client, connection.server);
+        let own = add_addr(client, server, 9, address, None);
+        let echo = mp(&[&[ADD_ADDR | 1, 9], &[9; 4]]);
+        let with = |options: &[&[u8]]| connection.client_with(options);
+        let mut rows = opening_rows(&connection);
+        rows.extend([
+            leaves("announced", &with(&[&own]), "not_mptcp"),
+            leaves("too early", &with(&[&ack]), "not_due"),
+            leaves("an echo", &connection.server_with(&[&echo]), "not_mptcp"),
+            gets(
+                "the other host",
+                &connection.server(),
+                &[&ack],
+                &[&ack, &add_addr(server, client, id, address, port)],
+            ),
+        ]);
+        sequence(&action, &rows);
+    }
+}
+
 #[test]
 fn add_subflow_needs_the_keys() {
     let (address, id, port, _) = addresses()[0];
