@@ -32,14 +32,16 @@ static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segmen
 	length = option[1];
 	if (!slot || length > HELD_MAX)
 		return REASON_BAD_OPTION;
-	same = slot->option[3] == option[3];
+	/* what is older than the subflow is of another one with its ports */
+	same = slot->length && slot->option[3] == option[3] &&
+	       slot->since >= mptcp->subflow->opened_at;
 	at = mptcp->segment.at.transport + sizeof(struct tcphdr) - 1 +
 	     (mptcp->index >> MPTCP_SUBTYPE_ADD_ADDR * MPTCP_INDEX_BITS & MPTCP_INDEX_MASK);
 	length = bounded(length - 1, sizeof(slot->option) - 1) + 1;
 	if (pkt_load(ctx, at, slot->option, length))
 		return REASON_TRUNCATED;
 	/* sent again, it is still the one held */
-	if (!slot->length || !same)
+	if (!same)
 		slot->since = bpf_ktime_get_ns();
 	slot->length = length;
 	return REASON_NONE;
