@@ -40,13 +40,17 @@ static __always_inline void rtt_sample(struct subflow_end *end, __u64 rtt)
 /*
  * Passive round-trip times: a segment that has to be acknowledged is waited for by its timestamp,
  * one at a time, and the first echo of it is the answer. Only the first segment with a timestamp
- * will do: clocks tick slowly, and the echo may be of any that has it.
+ * will do: clocks tick slowly, and the echo may be of any that has it. So one that is not newer than
+ * all before is of no use, nor is the first that was seen, unless it is the SYN.
  */
 static __always_inline void rtt_follow(struct subflow_end *own, struct subflow_end *peer,
-				       const struct stamps *stamps, bool to_acknowledge, bool ack,
+				       const struct stamps *stamps, bool to_acknowledge, __u32 flags,
 				       __u64 now)
 {
-	if (ack && peer->stamped_at) {
+	bool newer = own->stamps ? (__s32)(stamps->value - own->latest) > 0 :
+				   !!(flags & TCP_FLAG_SYN);
+
+	if (flags & TCP_FLAG_ACK && peer->stamped_at) {
 		__s32 past = stamps->echo - peer->stamp;
 
 		if (!past)
@@ -54,12 +58,14 @@ static __always_inline void rtt_follow(struct subflow_end *own, struct subflow_e
 		if (past >= 0)
 			peer->stamped_at = 0;
 	}
-	if (to_acknowledge && stamps->value != own->latest &&
+	if (to_acknowledge && newer &&
 	    now - own->stamped_at > (own->stamped_at ? STAMP_LIFETIME : 0)) {
 		own->stamp = stamps->value;
 		own->stamped_at = now;
 	}
-	own->latest = stamps->value;
+	if (newer || !own->stamps)
+		own->latest = stamps->value;
+	own->stamps = true;
 }
 
 static __always_inline void count_segment(hook_ctx *ctx, struct subflow_end *own,
@@ -90,23 +96,25 @@ ACTION(record,
 	struct stamps stamps;
 	struct tcphdr *tcp;
 	__u32 sequence;
-	bool takes;
+	bool takes, opens;
 
 	if (reason && reason != REASON_NOT_MPTCP)
 		return SKIP(reason);
-	if (!mptcp.subflow) {
-		mptcp.subflow = subflow_begin(&mptcp.flow, mptcp.sender, INITIATOR_UNKNOWN);
-		if (!mptcp.subflow)
-			return SKIP(REASON_HELPER_FAILED);
-	}
 	tcp = pkt_at(ctx, mptcp.segment.at.transport, sizeof(*tcp));
 	if (!tcp)
 		return SKIP(REASON_TRUNCATED);
 	sequence = bpf_ntohl(tcp->seq);
+	if (!mptcp.subflow) {
+		opens = (mptcp.segment.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN;
+		mptcp.subflow = subflow_begin(&mptcp.flow, mptcp.sender,
+					      opens ? mptcp.sender : INITIATOR_UNKNOWN, sequence);
+		if (!mptcp.subflow)
+			return SKIP(REASON_HELPER_FAILED);
+	}
 	own = subflow_end(mptcp.subflow, mptcp.sender);
 	peer = subflow_end(mptcp.subflow, !mptcp.sender);
 	own->seen_at = now;
-	/* Of MPTCP, the learner has taken note. */
+	/* Of those it knew, the learner has taken note. */
 	if (mptcp.segment.flags & TCP_FLAG_FIN)
 		mptcp.subflow->flags |= SUBFLOW_FIN;
 	if (mptcp.segment.flags & TCP_FLAG_RST)
@@ -115,6 +123,6 @@ ACTION(record,
 		mptcp.segment.flags & (TCP_FLAG_SYN | TCP_FLAG_FIN);
 	count_segment(ctx, own, &mptcp.segment, sequence);
 	if (stamps_read(ctx, &mptcp.segment, &stamps))
-		rtt_follow(own, peer, &stamps, takes, mptcp.segment.flags & TCP_FLAG_ACK, now);
+		rtt_follow(own, peer, &stamps, takes, mptcp.segment.flags, now);
 	return DONE;
 }

@@ -43,21 +43,37 @@ static __always_inline bool is_worth(hook_ctx *ctx, const struct mptcp_segment *
 	if (mptcp->subflow && mptcp->subflow->flags & SUBFLOW_IS_MPTCP &&
 	    mptcp->segment.flags & (TCP_FLAG_SYN | TCP_FLAG_FIN | TCP_FLAG_RST))
 		return true;
+	/* the SYN-ACK by which it became plain TCP */
+	if (mptcp->subflow && mptcp->subflow->flags & SUBFLOW_REFUSED &&
+	    mptcp->segment.flags & TCP_FLAG_SYN)
+		return true;
 	dss = mptcp_option(ctx, &mptcp->segment, mptcp->index, MPTCP_SUBTYPE_DSS, DSS_BASE);
 	return dss && (dss[3] & DSS_FLAG_FIN || dss_is_infinite(ctx, mptcp, dss));
 }
 
-/* Keys of the connection are no matter of who follows events: what is told has zeros there. */
-static __always_inline void blank_keys(struct report *report, __u64 index,
-				       enum mptcp_subtype subtype)
+/*
+ * Keys of the connection are no matter of who follows events: what is told has zeros there. Where
+ * they cannot be found, since the list is malformed or has several such options, it is all zeros.
+ */
+static __always_inline void blank_keys(hook_ctx *ctx, const struct mptcp_segment *mptcp,
+				       struct report *report, enum mptcp_subtype subtype)
 {
 	const __u32 key = 8, with_key = 4 + key;
-	__u32 at = mptcp_at(index, subtype);
+	__u64 marked = tcp_options_marked(ctx, &mptcp->segment, OPTION_KIND_MPTCP, subtype);
+	__u32 behind = mptcp_at(mptcp->index, subtype);
+	__u32 length = report->options[bounded(behind, sizeof(report->options) - 1)];
 	__u8 *option;
 
-	if (!at || at - 1 + with_key > TCP_MAX_OPTIONS)
+	if (!marked)
 		return;
-	option = report->options + bounded(at - 1, 31);
+	if (marked & OPTIONS_MALFORMED ||
+	    marked != ((1ULL << (length & 63)) - 1) << ((behind - 1) & 63)) {
+		__builtin_memset(report->options, 0, sizeof(report->options));
+		return;
+	}
+	if (behind - 1 + with_key > TCP_MAX_OPTIONS)
+		return;
+	option = report->options + bounded(behind - 1, 31);
 	if (option[1] >= with_key)
 		__builtin_memset(option + 4, 0, key);
 	if (option[1] >= with_key + key)
@@ -99,8 +115,8 @@ static __always_inline enum reason report_fill(hook_ctx *ctx, const struct mptcp
 		if (pkt_load(ctx, segment->at.transport + sizeof(struct tcphdr), report->options,
 			     length))
 			return REASON_TRUNCATED;
-		blank_keys(report, mptcp->index, MPTCP_SUBTYPE_MP_CAPABLE);
-		blank_keys(report, mptcp->index, MPTCP_SUBTYPE_MP_FASTCLOSE);
+		blank_keys(ctx, mptcp, report, MPTCP_SUBTYPE_MP_CAPABLE);
+		blank_keys(ctx, mptcp, report, MPTCP_SUBTYPE_MP_FASTCLOSE);
 	}
 	return REASON_NONE;
 }

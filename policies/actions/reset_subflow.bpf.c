@@ -38,8 +38,8 @@ static __always_inline enum reason flags_to_reset(hook_ctx *ctx, const struct se
 }
 
 ACTION(reset_subflow,
-       "end the subflow for the receiver: its next packet becomes a RST with MP_TCPRST; the "
-       "connection goes on by its other subflows")
+       "end the subflow for the receiver: each packet becomes a RST with MP_TCPRST, or one in a while "
+       "with `every`; the connection goes on by its other subflows")
 {
 	struct options_scratch *scratch = tcp_options_scratch();
 	struct mptcp_segment mptcp = {};
@@ -50,8 +50,11 @@ ACTION(reset_subflow,
 		return SKIP(reason);
 	if (mptcp.segment.at.authenticated)
 		return SKIP(REASON_AUTHENTICATED);
-	if (mptcp.segment.flags & (TCP_FLAG_SYN | TCP_FLAG_RST))
+	if (mptcp.segment.flags & TCP_FLAG_SYN)
 		return SKIP(REASON_SYN);
+	/* offered, and who knows what was answered: it may be plain TCP */
+	if (mptcp.segment.flags & TCP_FLAG_RST || !subflow_is_agreed(mptcp.subflow))
+		return SKIP(REASON_NOT_MPTCP);
 	if (!scratch)
 		return SKIP(REASON_HELPER_FAILED);
 	marked = tcp_options_marked(ctx, &mptcp.segment, OPTION_KIND_MPTCP, MPTCP_SUBTYPE_ANY);

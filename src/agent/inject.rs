@@ -156,7 +156,7 @@ impl Injector {
                 Some(held) => {
                     let kept = sys::map_lookup(held, flow, size_of::<held_options>())?;
                     let kept = kept.and_then(|kept| value_of::<held_options>(&kept));
-                    kept.is_some_and(|kept| has_held(&kept, name.sender))
+                    kept.is_some_and(|kept| has_held(&kept, &known, name.sender))
                 }
                 None => false,
             };
@@ -236,9 +236,10 @@ fn is_idle(known: &subflow, sender: u32, now: Duration) -> bool {
     now.saturating_sub(seen) > IDLE
 }
 
-fn has_held(held: &held_options, sender: u32) -> bool {
-    let slots = &held.ends[(sender & 1) as usize];
-    slots.iter().any(|slot| slot.length != 0)
+/// What is older than the subflow is of another one with its ports.
+fn has_held(held: &held_options, known: &subflow, sender: u32) -> bool {
+    let mut slots = held.ends[(sender & 1) as usize].iter();
+    slots.any(|slot| slot.length != 0 && slot.since >= known.opened_at)
 }
 
 /// The acknowledgement that says what a saved segment said: without its payload, behind which it

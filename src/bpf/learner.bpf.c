@@ -12,6 +12,7 @@ struct params {
 	bool subflows __doc("fill pcd_subflows and pcn_connections");
 	bool secrets __doc("fill pcn_keys");
 	bool acks __doc("fill pcd_acks");
+	bool openings __doc("fill pcd_openings");
 };
 PARAMS;
 
@@ -19,8 +20,13 @@ ACTION(learner, "remember what packets tell of their connections")
 {
 	struct segment segment;
 
-	if (params.handshakes && !parse_tcp(ctx, &segment) && segment.flags & TCP_FLAG_SYN)
-		flow_learn(ctx, &segment);
+	if ((params.handshakes || params.openings) && !parse_tcp(ctx, &segment) &&
+	    segment.flags & TCP_FLAG_SYN) {
+		if (params.openings)
+			opening_learn(ctx, &segment);
+		if (params.handshakes)
+			flow_learn(ctx, &segment);
+	}
 	if (params.subflows)
 		subflow_learn(ctx, params.secrets, params.acks);
 	return DONE;

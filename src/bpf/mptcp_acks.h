@@ -22,6 +22,16 @@ struct {
 	__type(value, struct saved_ack);
 } pc_ack SEC(".maps");
 
+/* Forgets what an earlier subflow of this name has sent. */
+static __always_inline void acks_forget(const struct mptcp_segment *mptcp)
+{
+	struct ack_key key = { .flow = mptcp->flow };
+
+	bpf_map_delete_elem(&pcd_acks, &key);
+	key.sender = 1;
+	bpf_map_delete_elem(&pcd_acks, &key);
+}
+
 /*
  * Saves the headers of a segment, unless it is older than what is saved. Those with keys of the
  * connection are not: keys are kept by pcn_keys alone.

@@ -19,15 +19,17 @@ struct subflow_end {
 	__u64 rtt_smoothed;	/* RFC 6298, 2: each sample counts for an eighth */
 	__u64 rtt_last;
 	__u32 stamp;
-	__u32 latest;		/* timestamp of its last segment */
+	__u32 latest;		/* its newest timestamp */
 	__u32 sequence_end;	/* behind the last byte it has sent */
 	__u32 token;		/* its token of the connection (RFC 8684, 3.1); 0: unknown */
 	__u8 counted;		/* sequence_end is known */
 	__u8 backup;		/* it asked for the subflow to be used as backup only */
 	__u8 address_id;	/* of its address, as it joined with; 0 on the first subflow */
-	__u8 data_seen;		/* DSS options it has sent, counted up to 2: with one, the other end
-				   takes MPTCP for established */
-	__u8 pad[4];
+	__u8 data_seen;		/* segments with DSS that it has sent, counted up to 2: with one, the
+				   other end takes MPTCP for established */
+	__u8 data_counter;	/* which learner counts these, of several that see its packets */
+	__u8 stamps;		/* `latest` is known */
+	__u8 pad[2];
 };
 
 enum subflow_flags {
@@ -37,9 +39,10 @@ enum subflow_flags {
 	SUBFLOW_ESTABLISHED = 1 << 3,	/* and so did the third packet: keys or HMAC were seen */
 	SUBFLOW_FIN = 1 << 4,		/* an end has sent FIN */
 	SUBFLOW_RESET = 1 << 5,		/* an end has sent RST */
+	SUBFLOW_REFUSED = 1 << 6,	/* its SYN offered MPTCP, and the SYN-ACK did not answer that */
 };
 
-/* Without any of these it is plain TCP, which the action `record` alone keeps count of. */
+/* Without any of these it is plain TCP. */
 #define SUBFLOW_IS_MPTCP (SUBFLOW_OFFERED | SUBFLOW_JOIN | SUBFLOW_ACCEPTED | SUBFLOW_ESTABLISHED)
 
 /* A TCP connection by itself, or a subflow of an MPTCP connection. Key: struct flow_id. */
@@ -49,6 +52,8 @@ struct subflow {
 	__u8 local;		/* end on this host's side of the device, as for chains: 0 or 1 */
 	__u8 pad[2];
 	__u64 opened_at;
+	__u32 syn;		/* sequence number of the SYN, host order, if that was seen */
+	__u32 pad2;
 	struct subflow_end ends[2]; /* as in struct flow_id */
 };
 

@@ -36,9 +36,14 @@ static __always_inline struct subflow_end *subflow_end(struct subflow *subflow, 
 /* Constant, and not on the stack, where there is no room for it. */
 static const struct subflow fresh_subflow;
 
-/* Begins to remember a subflow, forgetting what was known by its name. NULL on failure. */
+#define INITIATOR_UNKNOWN 2
+
+/*
+ * Begins to remember a subflow, forgetting what was known by its name. `syn` is the sequence number
+ * of the initiator's SYN. NULL on failure.
+ */
 static __always_inline struct subflow *subflow_begin(const struct flow_id *flow, __u32 sender,
-						     __u32 initiator)
+						     __u32 initiator, __u32 syn)
 {
 	struct subflow *subflow;
 
@@ -49,11 +54,17 @@ static __always_inline struct subflow *subflow_begin(const struct flow_id *flow,
 		subflow->initiator = initiator;
 		subflow->local = node.flags & NODE_INGRESS ? !sender : !!sender;
 		subflow->opened_at = bpf_ktime_get_ns();
+		subflow->syn = syn;
 	}
 	return subflow;
 }
 
-#define INITIATOR_UNKNOWN 2
+/* Whether its handshake, or data of it, showed that both ends speak MPTCP. */
+static __always_inline bool subflow_is_agreed(const struct subflow *subflow)
+{
+	return subflow->flags & (SUBFLOW_ACCEPTED | SUBFLOW_ESTABLISHED) ||
+	       subflow->ends[0].data_seen || subflow->ends[1].data_seen;
+}
 
 /* A segment of a subflow, and what is known of that. */
 struct mptcp_segment {

@@ -41,26 +41,38 @@ static __always_inline void subflow_learn_keys(hook_ctx *ctx, struct mptcp_segme
 }
 
 /* A SYN begins a subflow, or a TCP connection that is none; one sent again says nothing new. */
-static __always_inline void subflow_learn_syn(hook_ctx *ctx, struct mptcp_segment *mptcp)
+static __always_inline void subflow_learn_syn(hook_ctx *ctx, struct mptcp_segment *mptcp,
+					      bool keep_acks)
 {
-	const __u32 fresh = SUBFLOW_OFFERED | SUBFLOW_JOIN;
+	const __u32 offered = SUBFLOW_OFFERED | SUBFLOW_JOIN | SUBFLOW_REFUSED;
 	struct subflow *known = mptcp->subflow;
+	struct tcphdr *tcp = pkt_at(ctx, mptcp->segment.at.transport, sizeof(*tcp));
 	struct connection *connection;
 	struct subflow_end *own;
+	bool offers, again;
+	__u32 token, syn;
 	__u8 *join;
-	__u32 token;
 
-	if (known && known->flags && !(known->flags & ~fresh) &&
-	    known->initiator == mptcp->sender)
+	if (!tcp)
 		return;
+	syn = bpf_ntohl(tcp->seq);
 	join = mptcp_option(ctx, &mptcp->segment, mptcp->index, MPTCP_SUBTYPE_MP_JOIN,
 			    MP_JOIN_SYN);
-	if (!join && !mptcp_has(mptcp->index, MPTCP_SUBTYPE_MP_CAPABLE)) {
+	offers = join || mptcp_has(mptcp->index, MPTCP_SUBTYPE_MP_CAPABLE);
+	again = known && known->initiator == mptcp->sender && known->syn == syn;
+	/* a host that nobody answers asks again without MPTCP */
+	if (again && known->flags & offered)
+		return;
+	if (again && !offers && !(known->flags & SUBFLOW_IS_MPTCP))
+		return;
+	if (keep_acks)
+		acks_forget(mptcp);
+	if (!offers) {
 		if (known)
 			bpf_map_delete_elem(&pcd_subflows, &mptcp->flow);
 		return;
 	}
-	known = subflow_begin(&mptcp->flow, mptcp->sender, mptcp->sender);
+	known = subflow_begin(&mptcp->flow, mptcp->sender, mptcp->sender, syn);
 	if (!known)
 		return;
 	own = subflow_end(known, mptcp->sender);
@@ -80,6 +92,10 @@ static __always_inline void subflow_learn_syn(hook_ctx *ctx, struct mptcp_segmen
 	known->flags = SUBFLOW_JOIN;
 }
 
+/*
+ * What the answer says. Without MPTCP the connection is plain TCP from here on, unless both ends
+ * have shown MPTCP already: then it was sent again.
+ */
 static __always_inline void subflow_learn_syn_ack(hook_ctx *ctx, struct mptcp_segment *mptcp)
 {
 	struct subflow_end *own = subflow_end(mptcp->subflow, mptcp->sender);
@@ -92,18 +108,43 @@ static __always_inline void subflow_learn_syn_ack(hook_ctx *ctx, struct mptcp_se
 	}
 	if (join || mptcp_has(mptcp->index, MPTCP_SUBTYPE_MP_CAPABLE))
 		mptcp->subflow->flags |= SUBFLOW_ACCEPTED;
+	else if (!subflow_is_agreed(mptcp->subflow))
+		mptcp->subflow->flags = (mptcp->subflow->flags & ~SUBFLOW_IS_MPTCP) |
+					SUBFLOW_REFUSED;
 }
 
 /* A subflow whose handshake was not seen shows itself by the options on its data. */
-static __always_inline struct subflow *subflow_learn_late(const struct mptcp_segment *mptcp)
+static __always_inline struct subflow *subflow_learn_late(const struct mptcp_segment *mptcp,
+							  bool keep_acks)
 {
 	struct subflow *subflow = mptcp->subflow;
 
-	if (!subflow)
-		subflow = subflow_begin(&mptcp->flow, mptcp->sender, INITIATOR_UNKNOWN);
+	if (!subflow) {
+		if (keep_acks)
+			acks_forget(mptcp);
+		subflow = subflow_begin(&mptcp->flow, mptcp->sender, INITIATOR_UNKNOWN, 0);
+	}
 	if (subflow)
 		subflow->flags = SUBFLOW_ACCEPTED | SUBFLOW_ESTABLISHED;
 	return subflow;
+}
+
+/*
+ * Counts a segment with DSS. Where a device has learners at XDP and at TC ingress, both see it: the
+ * one that saw the end's first counts.
+ */
+static __always_inline void subflow_count_data(struct subflow_end *own)
+{
+#if defined(HOOK_XDP)
+	const __u8 learner = 1;
+#else
+	const __u8 learner = node.flags & NODE_INGRESS ? 2 : 3;
+#endif
+
+	if (!own->data_seen)
+		own->data_counter = learner;
+	if (own->data_seen < 2 && own->data_counter == learner)
+		own->data_seen++;
 }
 
 static __always_inline void subflow_learn(hook_ctx *ctx, bool keep_keys, bool keep_acks)
@@ -116,23 +157,29 @@ static __always_inline void subflow_learn(hook_ctx *ctx, bool keep_keys, bool ke
 	if (reason && reason != REASON_NOT_MPTCP)
 		return;
 	if ((mptcp.segment.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN)
-		return subflow_learn_syn(ctx, &mptcp);
-	if (reason && mptcp_has(mptcp.index, MPTCP_SUBTYPE_DSS))
-		mptcp.subflow = subflow_learn_late(&mptcp);
-	else if (reason)
-		return;
+		return subflow_learn_syn(ctx, &mptcp, keep_acks);
+	if (reason && mptcp_has(mptcp.index, MPTCP_SUBTYPE_DSS)) {
+		mptcp.subflow = subflow_learn_late(&mptcp, keep_acks);
+		reason = REASON_NONE;
+	}
 	if (!mptcp.subflow)
 		return;
 	own = subflow_end(mptcp.subflow, mptcp.sender);
 	own->seen_at = bpf_ktime_get_ns();
+	if (mptcp.segment.flags & TCP_FLAG_FIN)
+		mptcp.subflow->flags |= SUBFLOW_FIN;
+	if (mptcp.segment.flags & TCP_FLAG_RST)
+		mptcp.subflow->flags |= SUBFLOW_RESET;
+	if (reason)
+		return;
 	if (mptcp.segment.flags & TCP_FLAG_SYN)
 		return subflow_learn_syn_ack(ctx, &mptcp);
 	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_MP_CAPABLE))
 		subflow_learn_keys(ctx, &mptcp, keep_keys);
 	if (mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_MP_JOIN, MP_JOIN_ACK))
 		mptcp.subflow->flags |= SUBFLOW_ESTABLISHED;
-	if (own->data_seen < 2 && mptcp_has(mptcp.index, MPTCP_SUBTYPE_DSS))
-		own->data_seen++;
+	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_DSS))
+		subflow_count_data(own);
 	option = mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_ADD_ADDR, 3);
 	if (option && !(option[2] & ADD_ADDR_ECHO))
 		own->announced_at = own->seen_at;
@@ -140,10 +187,6 @@ static __always_inline void subflow_learn(hook_ctx *ctx, bool keep_keys, bool ke
 			      MP_PRIO_LENGTH);
 	if (option)
 		own->backup = option[2] & MP_BACKUP;
-	if (mptcp.segment.flags & TCP_FLAG_FIN)
-		mptcp.subflow->flags |= SUBFLOW_FIN;
-	if (mptcp.segment.flags & TCP_FLAG_RST)
-		mptcp.subflow->flags |= SUBFLOW_RESET;
 	if (keep_acks)
 		ack_save(ctx, &mptcp);
 }

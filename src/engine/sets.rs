@@ -124,10 +124,9 @@ fn value_of(item: &Map<String, Value>, path: &str, names: &dyn Names) -> Result<
         const EXPECTED: &str = "a duration of at least \"1s\" (units s m h)";
         let path = format!("{path}.{EXPIRE}");
         let span = expire.as_str().and_then(parse_duration);
-        let seconds = span
-            .map(|span| span / SECOND)
-            .filter(|seconds| *seconds > 0);
-        let at = seconds.and_then(|seconds| u32::try_from(seconds_now() + seconds).ok());
+        let at = span
+            .filter(|span| *span >= SECOND)
+            .and_then(|span| expires_at(nanoseconds_now(), span));
         value.expires = at.ok_or_else(|| Invalid::new(path, expire, EXPECTED))?;
     }
     if let Some(chain) = item.get(CHAIN) {
@@ -211,7 +210,7 @@ pub fn element_json(
         item.insert(ARGUMENT.to_owned(), element.argument.into());
     }
     if element.expires != 0 {
-        let left = u64::from(element.expires).saturating_sub(seconds_now());
+        let left = seconds_left(element.expires, nanoseconds_now());
         item.insert(EXPIRE.to_owned(), format!("{left}s").into());
     }
     item
@@ -229,7 +228,7 @@ pub fn has_expired(value: &[u8]) -> bool {
     let mut element = element::default();
     plain::copy_from_bytes(&mut element, value).is_ok()
         && element.expires != 0
-        && u64::from(element.expires) <= seconds_now()
+        && u64::from(element.expires) * SECOND <= nanoseconds_now()
 }
 
 /// Removes what has expired from a set. Returns how many elements that were.
@@ -249,11 +248,25 @@ pub fn remove_expired(set: impl AsFd) -> Result<usize> {
     Ok(removed)
 }
 
+/// When what is to stay for `span` expires, both in nanoseconds: the end of a second, not before.
+fn expires_at(now: u64, span: u64) -> Option<u32> {
+    u32::try_from(now.checked_add(span)?.div_ceil(SECOND)).ok()
+}
+
+/// Whole seconds until then; at least 1 before, 0 from then on.
+fn seconds_left(expires: u32, now: u64) -> u64 {
+    match (u64::from(expires) * SECOND).saturating_sub(now) {
+        0 => 0,
+        left => (left / SECOND).max(1),
+    }
+}
+
 /// Of the clock by which elements expire.
-fn seconds_now() -> u64 {
+fn nanoseconds_now() -> u64 {
     // The kernel has this clock.
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from);
-    now.unwrap_or_default().as_secs()
+    let now = now.unwrap_or_default();
+    now.as_secs() * SECOND + u64::from(now.subsec_nanos())
 }
 
 /// What `set load` did.
@@ -481,4 +494,33 @@ pub fn compact(item: &Map<String, Value>) -> String {
         })
         .collect();
     members.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_expires_early() {
+        let whole = 10 * SECOND;
+        for (now, span, expires) in [
+            (whole, SECOND, Some(11)),
+            (whole + 1, SECOND, Some(12)),
+            (whole + SECOND - 1, 2 * SECOND, Some(13)),
+            (whole + SECOND / 2, SECOND * 3 / 2, Some(12)),
+            (whole, u64::MAX, None),
+            (whole, u64::from(u32::MAX) * SECOND, None),
+        ] {
+            assert_eq!(expires_at(now, span), expires, "{now} {span}");
+        }
+    }
+
+    #[test]
+    fn what_has_not_expired_has_a_second_left() {
+        for (now, left) in [(7, 3), (10, 0), (11, 0)] {
+            assert_eq!(seconds_left(10, now * SECOND), left);
+        }
+        assert_eq!(seconds_left(10, 7 * SECOND + 1), 2);
+        assert_eq!(seconds_left(10, 10 * SECOND - 1), 1);
+    }
 }

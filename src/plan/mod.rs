@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::error::Invalid;
 use crate::hook::{Family, Hook};
-use crate::policy::btf::CADENCE;
+use crate::policy::btf::{CADENCE, OPENINGS};
 use crate::policy::{Kind, Policy, Registry};
 use crate::spec::{Action, Cadence, Chain, Keys, OnError, Origin, Spec, Then};
 
@@ -28,12 +28,13 @@ pub(crate) const ENTRY: &str = "(entry)";
 /// The name of the node that remembers what packets tell of their connections.
 const LEARNER: &str = "learner";
 /// What a learner fills, with the parameter that has it do so.
-const LEARNT: [(&str, &str); 5] = [
+const LEARNT: [(&str, &str); 6] = [
     ("pcd_flows", "handshakes"),
     ("pcd_subflows", "subflows"),
     ("pcn_connections", "subflows"),
     ("pcn_keys", "secrets"),
     ("pcd_acks", "acks"),
+    (OPENINGS, "openings"),
 ];
 /// The name of the action that goes to a chain.
 const GOTO: &str = "goto";
@@ -230,22 +231,25 @@ pub fn plan(
         let used = policy.map_or(&[][..], |policy| policy.state_with(&node.params));
         state.extend(used.iter().cloned());
         if node.cadence != Cadence::Always {
-            state.insert(CADENCE.to_owned());
+            state.extend([CADENCE, OPENINGS].map(str::to_owned));
         }
     }
     let learnt = LEARNT.iter().filter(|(map, _)| state.contains(*map));
-    let reads: BTreeSet<String> = learnt.map(|(map, _)| (*map).to_owned()).collect();
+    let learns: BTreeSet<String> = learnt.map(|(map, _)| (*map).to_owned()).collect();
+    let mut reads = learns.clone();
+    // what passes this hook tells enough
+    reads.remove(OPENINGS);
     let graph = Graph {
         has_context: planner.nodes.iter().any(has_context),
         nodes: planner.nodes,
         entry,
         heads,
         state,
-        reads: reads.clone(),
+        reads,
         learns: BTreeSet::new(),
     };
     paths::check(&graph)?;
-    graph.with_learner(&reads)
+    graph.with_learner(&learns)
 }
 
 /// The node that remembers what packets tell, and goes on with `next`.

@@ -307,7 +307,9 @@ fn keeps(actions: Value, state: &[&str], reads: &[&str], told: &[&str]) {
     let graph = planned(json!([chain("a", json!({ "actions": actions }))])).unwrap();
     assert_eq!(names(&graph.state), state, "{actions}");
     assert_eq!(names(&graph.reads), reads, "{actions}");
-    assert_eq!(graph.learns, graph.reads, "{actions}");
+    let mut learns = graph.learns.clone();
+    assert_eq!(learns.remove(OPENINGS), told.contains(&"openings"));
+    assert_eq!(learns, graph.reads, "{actions}");
     let learner = graph.nodes.iter().find(|node| node.is_learner());
     let params: Vec<&str> = learner
         .iter()
@@ -351,9 +353,15 @@ fn learners_fill_what_policies_look_up() {
     let acks = ["pcd_acks", "pcd_subflows", "pcn_connections"];
     keeps(
         json!([{ "action": "mp_prio", "backup": true }]),
-        &["pcd_acks", "pcd_cadence", "pcd_subflows", "pcn_connections"],
+        &[
+            "pcd_acks",
+            "pcd_cadence",
+            "pcd_openings",
+            "pcd_subflows",
+            "pcn_connections",
+        ],
         &acks,
-        &["subflows", "acks"],
+        &["subflows", "acks", "openings"],
     );
     keeps(
         json!([{ "action": "mp_prio", "backup": true, "once": false }]),
@@ -366,18 +374,19 @@ fn learners_fill_what_policies_look_up() {
         &[
             "pcd_acks",
             "pcd_cadence",
+            "pcd_openings",
             "pcd_subflows",
             "pcn_connections",
             "pcn_keys",
         ],
         &["pcd_acks", "pcd_subflows", "pcn_connections", "pcn_keys"],
-        &["subflows", "secrets", "acks"],
+        &["subflows", "secrets", "acks", "openings"],
     );
     keeps(
         json!([{ "action": "count", "first": 3 }]),
-        &["pcd_cadence"],
+        &["pcd_cadence", "pcd_openings"],
         &[],
-        &[],
+        &["openings"],
     );
 }
 

@@ -34,6 +34,8 @@ const VOCABULARY: &str = "__u8 __u16 __u32 __u64 __be16 __be32 __be64 bool enum 
 pub const STATE_PREFIXES: [&str; 2] = ["pcd_", "pcn_"];
 /// Map of when actions were last done; of every action, but needed only by one with a cadence.
 pub const CADENCE: &str = "pcd_cadence";
+/// Map of when connections began; as [`CADENCE`], and a learner at the same hook fills it.
+pub const OPENINGS: &str = "pcd_openings";
 
 /// What a policy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -288,7 +290,7 @@ fn describe(object: &[u8], name: &str) -> Result<Description> {
         state: reader
             .section_variables(".maps")?
             .into_keys()
-            .filter(|map| is_state(map) && *map != CADENCE)
+            .filter(|map| is_state(map) && ![CADENCE, OPENINGS].contains(map))
             .map(str::to_owned)
             .collect(),
         once: function.once,

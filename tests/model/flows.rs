@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What handshakes say of window scales (RFC 7323, 2.2).
+//! What handshakes say of window scales (RFC 7323, 2.2), and where connections begin.
 
 use std::collections::HashMap;
 
 use crate::layers::{self, ACK, SYN, Segment};
 use crate::options::{Options, WINDOW_SCALE};
+use crate::subflows::{self, Flow};
 
 /// One end of a connection.
 type Socket = (u128, u16);
@@ -110,5 +111,32 @@ impl Flows {
             }
             _ => None,
         }
+    }
+}
+
+/// The sequence numbers by which the ends of connections began.
+#[derive(Clone, Debug, Default)]
+pub struct Openings(HashMap<Flow, [Option<u32>; 2]>);
+
+impl Openings {
+    /// The connection that a segment begins, if it does: not one that is sent again, and no answer
+    /// to a SYN that was seen.
+    pub fn learn(&mut self, frame: &[u8]) -> Option<Flow> {
+        let segment = layers::tcp(frame).ok()?;
+        if !segment.has(SYN) {
+            return None;
+        }
+        let (flow, sender) = subflows::flow(&segment.ip, segment.ports);
+        let known = self.0.entry(flow).or_default();
+        let own = known[sender];
+        let answers = segment.has(ACK) && own.is_none() && known[1 - sender].is_some();
+        if own == Some(segment.sequence) {
+            return None;
+        }
+        if !answers {
+            *known = [None; 2];
+        }
+        known[sender] = Some(segment.sequence);
+        (!answers).then_some(flow)
     }
 }

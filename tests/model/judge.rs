@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::chain::{Action, Argument, Asks, Chain, Condition, End, File, Key, Number, OnError};
 use crate::chain::{Mode, Selector, Then, Turns, What};
-use crate::flows::Flows;
+use crate::flows::{Flows, Openings};
 use crate::layers::{self, FIN, Ip, PSH, Piece, RST, Reason, SYN, Segment, TCP, UDP, URG};
 use crate::options::{self, MPTCP, MSS, NOP, Options, ROOM};
 use crate::subflows::{self, ADD_ADDR, DSS, Flow, MP_PRIO, REMOVE_ADDR, Signals, Subflows};
@@ -62,8 +62,9 @@ pub struct Model {
     file: Rc<File>,
     flows: Flows,
     subflows: Subflows,
-    /// How often actions were done, by chain, number and flow.
-    turns: HashMap<(String, usize, Flow), u64>,
+    openings: Openings,
+    /// How often actions were done, by chain, number, flow and protocol.
+    turns: HashMap<(String, usize, Flow, u8), u64>,
 }
 
 /// The element that matched; `None` where none did.
@@ -82,6 +83,7 @@ impl Model {
             file: Rc::new(File::new(file)),
             flows: Flows::default(),
             subflows: Subflows::default(),
+            openings: Openings::default(),
             turns: HashMap::new(),
         }
     }
@@ -109,6 +111,10 @@ impl Model {
     pub fn judge(&mut self, frame: &[u8]) -> Expected {
         self.flows.learn(frame);
         self.subflows.learn(frame);
+        if let Some(new) = self.openings.learn(frame) {
+            self.turns
+                .retain(|(.., flow, protocol), _| (*flow, *protocol) != (new, TCP));
+        }
         let mut packet = Expected {
             verdict: Verdict::Pass,
             frame: frame.to_vec(),
@@ -140,8 +146,8 @@ impl Model {
                 done: step.is_ok(),
                 changed: before != packet.frame,
             });
-            if let (Ok(_), Ok(Some(flow))) = (&step, turn) {
-                let turn = (name.to_owned(), number, flow);
+            if let (Ok(_), Ok(Some((flow, protocol)))) = (&step, turn) {
+                let turn = (name.to_owned(), number, flow, protocol);
                 *self.turns.entry(turn).or_default() += 1;
             }
             match step {
@@ -178,15 +184,16 @@ impl Model {
         number: usize,
         action: &Action,
         frame: &[u8],
-    ) -> Result<Option<Flow>, Reason> {
+    ) -> Result<Option<(Flow, u8)>, Reason> {
         let Turns::First(most) = action.turns else {
             return Ok(None);
         };
         let ip = layers::ip(frame)?;
         let (flow, _) = subflows::flow(&ip, ip.ports(frame)?);
-        let done = self.turns.get(&(chain.to_owned(), number, flow));
+        let turn = (chain.to_owned(), number, flow, ip.protocol);
+        let done = self.turns.get(&turn);
         match done.is_none_or(|done| *done < most) {
-            true => Ok(Some(flow)),
+            true => Ok(Some((flow, ip.protocol))),
             false => Err("not_due"),
         }
     }
@@ -605,8 +612,11 @@ impl Model {
         if segment.ip.signed {
             return Err("authenticated");
         }
-        if segment.has(SYN) || segment.has(RST) {
+        if segment.has(SYN) {
             return Err("syn");
+        }
+        if segment.has(RST) || !self.subflows.agree(&signals) {
+            return Err("not_mptcp");
         }
         let mut present = Options::parse(segment.options(frame))?;
         present.list.retain(|option| option[0] != MPTCP);

@@ -41,9 +41,12 @@ struct End {
 
 #[derive(Clone, Debug, Default)]
 struct Subflow {
-    initiator: Option<usize>,
-    /// Nothing but its SYN was seen.
-    fresh: bool,
+    /// Who sent its SYN, and that one's sequence number.
+    syn: Option<(usize, u32)>,
+    /// An answer to the SYN, keys, an HMAC or DSS have shown MPTCP.
+    agreed: bool,
+    /// The answer had nothing of MPTCP: it is TCP.
+    refused: bool,
     ends: [End; 2],
 }
 
@@ -145,6 +148,12 @@ impl Signals {
     }
 }
 
+impl Subflow {
+    fn agrees(&self) -> bool {
+        self.agreed || self.ends.iter().any(|end| end.dss > 0)
+    }
+}
+
 impl Subflows {
     /// Takes note of a segment.
     pub fn learn(&mut self, frame: &[u8]) {
@@ -156,21 +165,25 @@ impl Subflows {
             self.learn_syn(&signals);
             return;
         }
-        if signals.has(DSS) {
-            self.flows.entry(signals.flow).or_default();
+        if signals.has(DSS) && !self.knows(&signals) {
+            let known = self.flows.entry(signals.flow).or_default();
+            known.refused = false;
+            known.agreed = true;
+            // the SYN said something else
+            known.syn = None;
         }
-        let Some(known) = self.flows.get_mut(&signals.flow) else {
+        let known = self.flows.get_mut(&signals.flow);
+        let Some(known) = known.filter(|known| !known.refused) else {
             return;
         };
         let answered = signals.has(MP_CAPABLE) || signals.option(MP_JOIN, 16).is_some();
         if segment.has(SYN) {
-            known.fresh &= !answered;
+            known.refused = !answered && !known.agrees();
+            known.agreed |= answered;
             return;
         }
         let ends = (signals.sender, 1 - signals.sender);
-        if segment.has(FIN) || segment.has(RST) || signals.option(MP_JOIN, 24).is_some() {
-            known.fresh = false;
-        }
+        known.agreed |= signals.option(MP_JOIN, 24).is_some();
         if let (Some(keys), None) = (
             signals.option(MP_CAPABLE, 20),
             known.ends[signals.sender].token,
@@ -186,7 +199,7 @@ impl Subflows {
                 self.keys.insert(tokens.1, [peer, own]);
                 known.ends[ends.0].token = Some(tokens.0);
                 known.ends[ends.1].token = Some(tokens.1);
-                known.fresh = false;
+                known.agreed = true;
             }
         }
         if signals.has(DSS) {
@@ -196,9 +209,13 @@ impl Subflows {
 
     fn learn_syn(&mut self, signals: &Signals) {
         let known = self.flows.get(&signals.flow);
+        let syn = Some((signals.sender, signals.segment.sequence));
         // the same again
-        if known.is_some_and(|it| it.fresh && it.initiator == Some(signals.sender)) {
+        if known.is_some_and(|it| it.syn == syn) {
             return;
+        }
+        for end in 0..2 {
+            self.held.remove(&(signals.flow, end));
         }
         let join = signals.option(MP_JOIN, 12);
         if join.is_none() && !signals.has(MP_CAPABLE) {
@@ -206,8 +223,7 @@ impl Subflows {
             return;
         }
         let mut subflow = Subflow {
-            initiator: Some(signals.sender),
-            fresh: true,
+            syn,
             ..Subflow::default()
         };
         if let Some(join) = join {
@@ -220,12 +236,18 @@ impl Subflows {
     }
 
     pub fn knows(&self, signals: &Signals) -> bool {
-        self.flows.contains_key(&signals.flow)
+        self.flows.get(&signals.flow).is_some_and(|it| !it.refused)
+    }
+
+    /// Whether both ends have shown that they speak MPTCP.
+    pub fn agree(&self, signals: &Signals) -> bool {
+        self.flows.get(&signals.flow).is_some_and(Subflow::agrees)
     }
 
     /// Tokens of a segment's connection.
     pub fn tokens(&self, signals: &Signals) -> Vec<u32> {
         let known = self.flows.get(&signals.flow);
+        let known = known.filter(|known| !known.refused);
         let ends = known.iter().flat_map(|known| &known.ends);
         ends.filter_map(|end| end.token).collect()
     }
@@ -261,7 +283,12 @@ impl Subflows {
         let segment = &signals.segment;
         let edge = segment.has(SYN) || segment.has(FIN) || segment.has(RST);
         let ends = |dss: &Bytes| dss[3] & DATA_FIN != 0 || signals.falls_back(dss);
-        other || (self.knows(signals) && edge) || signals.option(DSS, 4).is_some_and(ends)
+        let known = self.flows.get(&signals.flow);
+        let refused = known.is_some_and(|known| known.refused) && segment.has(SYN);
+        other
+            || refused
+            || (self.knows(signals) && edge)
+            || signals.option(DSS, 4).is_some_and(ends)
     }
 
     /// The ADD_ADDR by which the sender of a segment announces an address (3.4.1).

@@ -583,6 +583,39 @@ fn learn_stores_flows() {
     }
 }
 
+/// It keeps a flow for longer, never for less long, and for good where it says no time.
+#[test]
+fn learn_only_lengthens() {
+    let element = |expire: &str| {
+        json!([{ "local": "10.0.0.2", "remote": "10.0.0.1", "local_port": 80,
+            "remote_port": 40000, "expire": expire }])
+    };
+    let frame = v4().build();
+    for (learnt, shorter, longer) in [(Some("60s"), "2s", "1h"), (None, "1h", "0")] {
+        let mut learn = json!({ "action": "learn", "set": "seen" });
+        if let Some(expire) = learnt {
+            learn["expire"] = expire.into();
+        }
+        let sets = json!({ "seen": { "kind": "flow", "size": 3 } });
+        let chain = with_chains(json!({ "actions": [learn] }), json!([]), sets);
+        for hook in [Hook::Xdp, Hook::TcIngress] {
+            let mut bench = Bench::load(&chain, hook, CarrierChoice::Auto);
+            bench.store("seen", "flow", element(shorter));
+            let before = bench.expiries("seen");
+            bench.run("learnt", &frame);
+            let after = bench.expiries("seen");
+            assert_eq!(after.len(), 1, "the same flow");
+            assert!(after[0] == 0 || (learnt.is_some() && after[0] > before[0] + 50));
+            if learnt.is_some() {
+                bench.store("seen", "flow", element(longer));
+                let before = bench.expiries("seen");
+                bench.run("again", &frame);
+                assert_eq!(bench.expiries("seen"), before);
+            }
+        }
+    }
+}
+
 #[test]
 fn every_action_has_rows() {
     let registry = policy_chain::policy::Registry::embedded().unwrap();

@@ -5,9 +5,12 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use policy_chain::engine::bpf::types::element;
+use policy_chain::engine::bpf::value_of;
 use policy_chain::engine::generation::CarrierChoice;
 use policy_chain::engine::names::SystemNames;
 use policy_chain::engine::sets;
+use policy_chain::engine::sys;
 use policy_chain::hook::Hook;
 use policy_chain::policy::Registry;
 use policy_chain::replay::{Outcome, Runner, Verdict};
@@ -110,7 +113,14 @@ impl Bench {
     /// How many elements a named set has.
     pub fn elements(&self, set: &str) -> usize {
         let map = self.runner.set(set).unwrap();
-        policy_chain::engine::sys::map_dump(map).unwrap().len()
+        sys::map_dump(map).unwrap().len()
+    }
+
+    /// When the elements of a named set expire, in seconds of its clock.
+    pub fn expiries(&self, set: &str) -> Vec<u32> {
+        let entries = sys::map_dump(self.runner.set(set).unwrap()).unwrap();
+        let elements = entries.iter().map(|(_, value)| value_of::<element>(value));
+        elements.map(|it| it.unwrap().expires).collect()
     }
 
     /// Runs a frame and checks what holds for every packet and every chain.

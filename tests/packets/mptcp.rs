@@ -12,7 +12,9 @@ mod selector;
 
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use policy_chain::engine::generation::CarrierChoice;
 use policy_chain::engine::sys;
 use policy_chain::hook::Hook;
@@ -167,15 +169,18 @@ impl Connection {
     }
 }
 
-/// The connection of a client's packet, from its SYN to the second DSS of each end.
-pub fn established(packet: &Frame) -> Vec<Frame> {
+/// The connection of a client's packet, from its SYN to the second DSS of each end. Another
+/// `initial` sequence number is another connection.
+pub fn established(packet: &Frame, initial: u32) -> Vec<Frame> {
     let base = if packet.src.is_ipv4() { v4() } else { v6() };
     let connection = Connection::new(
         base.between(packet.src, packet.dst)
             .ports(packet.src_port, packet.dst_port),
     );
     let talk = [connection.talk(), connection.talk()].concat();
-    connection.opening().into_iter().chain(talk).collect()
+    let [syn, syn_ack, third] = connection.opening();
+    let opening = [syn.sequence(initial), syn_ack, third];
+    opening.into_iter().chain(talk).collect()
 }
 
 /// An ADD_ADDR by the client of such a connection.
@@ -205,7 +210,9 @@ fn flow_id(frame: &Frame) -> Vec<u8> {
 /// Puts an option where `hold_add_addr` would, for both ends (`struct held_options` of
 /// src/bpf/mptcp_types.h).
 pub fn hold(held: &OwnedFd, frame: &Frame, option: &[u8]) {
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap());
     let mut slot = vec![0; 48];
+    slot[..8].copy_from_slice(&(now.as_nanos() as u64).to_ne_bytes());
     slot[8] = option.len() as u8;
     slot[9..9 + option.len()].copy_from_slice(option);
     let end = [slot, vec![0; 3 * 48]].concat();

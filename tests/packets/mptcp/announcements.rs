@@ -307,6 +307,55 @@ fn what_is_held_comes_back_as_it_was() {
     }
 }
 
+/// What was held of a connection is not given to a later one with the same ports: it was signed
+/// with other keys.
+#[test]
+fn what_is_held_ends_with_its_connection() {
+    for connection in Connection::all() {
+        let (client, add) = (connection.client(), announcement(1, 16));
+        let push = client.clone().flags(ACK | PSH);
+        let held = blanked("held", &client, &[&add], &[&nops(16)]);
+        let again = |initial| {
+            let [syn, syn_ack, third] = connection.opening();
+            let opening = [syn.sequence(initial), syn_ack, third];
+            let mut rows = shake(&opening, [held_back(); 3]);
+            let talk = connection.talk();
+            rows.extend(talk.iter().map(|it| leaves("DSS", it, held_back())));
+            rows
+        };
+        let mut rows = again(1);
+        rows.push(held.clone());
+        rows.push(leaves("SYN again", &connection.syn(), held_back()));
+        rows.push(given("still held", &client, &[], &[&add]));
+        rows.push(held.clone());
+        rows.extend(again(2));
+        rows.push(leaves("of the old one", &push, held_back()).and("not_held"));
+        rows.push(held);
+        rows.push(given("of the new one", &client, &[], &[&add]));
+        sequence_in(&holding(None), &rows);
+    }
+}
+
+/// The time counts anew in a later connection, although the same address is held.
+#[test]
+fn held_for_a_while_in_each_connection() {
+    let connection = Connection::new(v4());
+    let add = announcement(1, 16);
+    let held = blanked("held", &connection.client(), &[&add], &[&nops(16)]);
+    let push = connection.client().flags(ACK | PSH);
+    for hook in Hook::ALL {
+        let mut bench = Bench::load(&holding(Some("600ms")), hook, CarrierChoice::Auto);
+        check_rows(&mut bench, "opening", &opened(&connection));
+        check_rows(&mut bench, "held", std::slice::from_ref(&held));
+        sleep(Duration::from_millis(650));
+        feed(&mut bench, [&connection.syn().sequence(2)]);
+        feed(&mut bench, &connection.opening()[1..]);
+        feed(&mut bench, &connection.talk());
+        let early = leaves("too early", &push, held_back()).and("not_held");
+        check_rows(&mut bench, "held anew", &[held.clone(), early]);
+    }
+}
+
 /// What is dropped right after the handshake is held, too.
 #[test]
 fn what_is_dropped_comes_back() {

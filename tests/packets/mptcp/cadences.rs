@@ -58,6 +58,70 @@ fn the_first_packets_of_a_flow() {
     }
 }
 
+/// A connection that has the ports of one before begins anew; a SYN sent again is none.
+#[test]
+fn each_connection_has_turns_of_its_own() {
+    for members in [json!({ "once": true }), json!({ "every": "1h" })] {
+        for (_, frame) in both() {
+            let back = frame.clone().back();
+            let syn = |sequence| frame.clone().flags(SYN).sequence(sequence);
+            let syn_ack = |sequence| back.clone().flags(SYN | ACK).sequence(sequence);
+            let rows = [
+                leaves("SYN", &syn(1), "syn"),
+                leaves("SYN-ACK", &syn_ack(5), "syn"),
+                done("its turn", &frame),
+                not_due("SYN again", &syn(1)),
+                not_due("SYN-ACK again", &syn_ack(5)),
+                not_due("had its turn", &frame),
+                leaves("a new SYN", &syn(2), "syn"),
+                done("of a new connection", &back),
+                not_due("its SYN-ACK, late", &syn_ack(6)),
+                not_due("had its turn, too", &frame),
+                leaves("the SYN was missed", &syn_ack(7), "syn"),
+                done("once more", &frame),
+                not_due("but once", &back),
+                leaves("opened by the other end", &back.clone().flags(SYN), "syn"),
+                done("the other end's", &frame),
+            ];
+            sequence(&window(members.clone()), &rows);
+        }
+    }
+}
+
+/// That holds as well for an action whose chain does not see the SYN.
+#[test]
+fn connections_begin_behind_selectors() {
+    let chain = file(json!({
+        "selectors": [{ "selector": "tcp_flags", "none": "syn" }],
+        "actions": [window(json!({ "first": 2 }))],
+    }));
+    for hook in Hook::ALL {
+        let mut bench = Bench::load(&chain, hook, CarrierChoice::Auto);
+        for sequence in 1..4 {
+            let syn = v6().flags(SYN).sequence(sequence);
+            feed(&mut bench, [&syn]);
+            check_rows(&mut bench, "first", &[done("1", &v6())]);
+            feed(&mut bench, [&syn]);
+            let rows = [done("2", &v6()), not_due("3", &v6())];
+            check_rows(&mut bench, "first", &rows);
+        }
+    }
+}
+
+/// What has the same addresses and ports, but is of another protocol, is another flow.
+#[test]
+fn each_protocol_has_turns_of_its_own() {
+    let chain = file(json!({ "actions": [{ "action": "drop", "once": true }] }));
+    let udp = v4().protocol(UDP);
+    let rows = [
+        gives("TCP", &v4(), &v4()).verdict(Verdict::Drop),
+        not_due("TCP", &v4()),
+        gives("UDP", &udp, &udp).verdict(Verdict::Drop),
+        not_due("UDP", &udp),
+    ];
+    sequence_in(&chain, &rows);
+}
+
 #[test]
 fn once_in_a_while() {
     let frame = v4();
@@ -167,6 +231,30 @@ fn gotos_in_turn() {
             done("another flow", &v6()),
         ];
         sequence_in(&chain, &rows);
+    }
+}
+
+/// A new connection with the same ports is asked, too.
+#[test]
+fn once_in_each_subflow() {
+    for connection in Connection::all() {
+        let prio = mp(&[&[MP_PRIO | 1]]);
+        let bare = connection.client();
+        let mut rows = Vec::new();
+        for initial in [1, 2] {
+            let [syn, syn_ack, third] = connection.opening();
+            let opening = [syn.sequence(initial), syn_ack, third];
+            rows.extend(shake(&opening, ["syn", "syn", "not_mptcp"]));
+            let [ping, _] = connection.talk();
+            rows.extend([
+                leaves("no room", &ping, "no_room"),
+                gives("asked", &bare, &connection.client_with(&[&prio])),
+                not_due("asked already", &bare),
+                not_due("SYN again", &opening[0]),
+                not_due("asked all the same", &bare),
+            ]);
+        }
+        sequence(&json!({ "action": "mp_prio", "backup": true }), &rows);
     }
 }
 

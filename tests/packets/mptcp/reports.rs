@@ -169,7 +169,7 @@ fn record_knows_subflows_and_tcp() {
             ],
         );
         let found = known(&bench, &plain).unwrap();
-        assert_eq!((found.flags, found.initiator_is_client), (0, None));
+        assert_eq!((found.flags, found.initiator_is_client), (0, Some(true)));
         assert_eq!((found.client.packets, found.client.bytes), (2, 4));
         assert_eq!((found.server.packets, found.server.bytes), (1, 0));
         // FIN, RST; by which it does not become MPTCP
@@ -186,6 +186,111 @@ fn record_knows_subflows_and_tcp() {
                 leaves("later fragment", &v4().fragment(3), "fragment"),
             ],
         );
+    }
+}
+
+/// A SYN of TCP begins a connection, and one sent again is of the same.
+#[test]
+fn record_counts_the_syn_of_tcp() {
+    let chain = file(json!({ "actions": [{ "action": "record" }] }));
+    for hook in Hook::ALL {
+        for client in [v4(), v6().back()] {
+            let mut bench = Bench::load(&chain, hook, CarrierChoice::Auto);
+            let syn = client.clone().flags(SYN).sequence(7);
+            feed(&mut bench, [&syn, &syn]);
+            let found = known(&bench, &client).unwrap();
+            assert_eq!(found.initiator_is_client, Some(true));
+            assert_eq!((found.client.packets, found.client.retransmissions), (2, 1));
+            feed(&mut bench, [&client.clone().sequence(8).payload(b"data")]);
+            feed(&mut bench, [&syn.clone().sequence(99)]);
+            let found = known(&bench, &client).unwrap();
+            assert_eq!(
+                (found.client.packets, found.client.bytes),
+                (1, 0),
+                "a new one"
+            );
+            // seen from its middle on
+            let other = client.clone().ports(1, 2);
+            feed(&mut bench, [&other.clone().back().flags(SYN | ACK)]);
+            assert_eq!(known(&bench, &other).unwrap().initiator_is_client, None);
+        }
+    }
+}
+
+/// What the SYN-ACK does not take up is plain TCP; its end is taken note of.
+#[test]
+fn refused_connections_are_tcp() {
+    const REFUSED: u32 = 64;
+    let chain = file(json!({ "actions": [{ "action": "mp_prio", "backup": true }] }));
+    for hook in Hook::ALL {
+        for connection in Connection::all() {
+            let mut bench = Bench::load(&chain, hook, CarrierChoice::Auto);
+            for (handshake, offer) in [(connection.opening(), 1), (connection.joining(), 2)] {
+                let syn = handshake[0].clone().sequence(offer);
+                feed(&mut bench, [&syn]);
+                let flags = |bench: &Bench| known(bench, &connection.client()).unwrap().flags;
+                assert_eq!(flags(&bench), offer);
+                feed(&mut bench, [&connection.server().flags(SYN | ACK)]);
+                assert_eq!(flags(&bench), REFUSED);
+                feed(&mut bench, [&syn, &connection.client()]);
+                assert_eq!(flags(&bench), REFUSED, "sent again");
+                feed(&mut bench, [&connection.client().flags(FIN | ACK)]);
+                assert_eq!(flags(&bench), REFUSED | 16);
+                feed(&mut bench, [&connection.server().flags(RST)]);
+                assert_eq!(flags(&bench), REFUSED | 16 | 32);
+            }
+        }
+    }
+}
+
+/// Learners at XDP and at TC ingress of a device see the same segments, which count once.
+#[test]
+fn two_learners_count_a_segment_once() {
+    let chain = file(json!({ "actions": [{ "action": "mp_prio", "backup": true }] }));
+    let connection = Connection::new(v4());
+    let mut xdp = Bench::load(&chain, Hook::Xdp, CarrierChoice::Auto);
+    let mut tc = Bench::load(&chain, Hook::TcIngress, CarrierChoice::Auto);
+    // Only one bench can hold the map of a device, so each is given what the other left there.
+    let pass_on = |from: &Bench, to: &Bench| {
+        let entries = sys::map_dump(from.state("pcd_subflows")).unwrap();
+        for (key, value) in entries.iter() {
+            sys::map_update(to.state("pcd_subflows"), key, value, 0).unwrap();
+        }
+    };
+    let seen = |bench: &Bench| known(bench, &connection.client()).unwrap().client.data_seen;
+    for (frame, count) in connection.opening().iter().map(|it| (it, 0)).chain([
+        (&connection.client_with(&[&data_ack()]), 1),
+        (&connection.client_with(&[&mapping()]), 2),
+        (&connection.client_with(&[&data_ack()]), 2),
+    ]) {
+        feed(&mut xdp, [frame]);
+        pass_on(&xdp, &tc);
+        feed(&mut tc, [frame]);
+        pass_on(&tc, &xdp);
+        assert_eq!(seen(&tc), count);
+    }
+}
+
+/// A saved acknowledgement of a connection is not compared with those of a later one.
+#[test]
+fn acknowledgements_end_with_their_connection() {
+    let chain = file(json!({ "actions": [{ "action": "mp_prio", "backup": true }] }));
+    for hook in Hook::ALL {
+        for connection in Connection::all() {
+            let mut bench = Bench::load(&chain, hook, CarrierChoice::Auto);
+            let acks = |bench: &Bench| sys::map_dump(bench.state("pcd_acks")).unwrap().len();
+            for (at, last) in [(1, 2000), (2, 1000)] {
+                feed(&mut bench, [&connection.syn().sequence(at)]);
+                assert_eq!(acks(&bench), 0, "nothing of the one before");
+                feed(&mut bench, &connection.opening()[1..]);
+                let talk = connection.talk().map(|frame| frame.sequence(last));
+                feed(&mut bench, &talk);
+                feed(&mut bench, [&connection.syn().sequence(at)]);
+                assert_eq!(acks(&bench), 2);
+            }
+            feed(&mut bench, [&connection.client().flags(SYN).sequence(3)]);
+            assert_eq!(acks(&bench), 0, "TCP");
+        }
     }
 }
 
@@ -227,12 +332,8 @@ fn record_pairs_timestamps() {
         let (second, smoothed, last) = rtt(&bench);
         assert!(second < min && last == second, "{second}, {min}");
         assert_eq!(smoothed, min - min / 8 + second / 8);
-        feed(&mut bench, [&data(u32::MAX), &ack(0), &ack(u32::MAX)]);
-        assert_eq!(
-            rtt(&bench).2,
-            last,
-            "its echo was lost: a later one, past 0"
-        );
+        feed(&mut bench, [&data(250), &ack(251), &ack(250)]);
+        assert_eq!(rtt(&bench).2, last, "its echo was lost: a later one");
         let server = known(&bench, &v4()).unwrap().server;
         assert_eq!(server.rtt_last, 0, "no data of the server");
         let answer = stamped(v4().back().payload(b"y"), 900, 7);
@@ -240,6 +341,41 @@ fn record_pairs_timestamps() {
         let found = known(&bench, &v4()).unwrap();
         assert_ne!(found.server.rtt_last, 0, "the other direction");
         assert_eq!(found.client.rtt_last, last);
+    }
+}
+
+/// Only the first segment with a timestamp is timed, in whatever order they come.
+#[test]
+fn record_times_new_timestamps_only() {
+    let chain = file(json!({ "actions": [{ "action": "record" }] }));
+    for hook in Hook::ALL {
+        let mut bench = Bench::load(&chain, hook, CarrierChoice::Auto);
+        // Past 0 they go on.
+        for (port, begin) in [(1, 100), (2, u32::MAX - 3), (3, i32::MAX as u32 - 3)] {
+            let client = v4().ports(port, 80);
+            let stamped = |frame: Frame, value: u32, echo: u32| {
+                frame.options(&words(&[&timestamps(value, echo)]))
+            };
+            let at = |tick: u32| begin.wrapping_add(tick);
+            let data = |tick| stamped(client.clone().payload(b"x"), at(tick), 7);
+            let ack = |tick| stamped(client.clone().back(), 500, at(tick));
+            let last = |bench: &Bench| known(bench, &client).unwrap().client.rtt_last;
+            feed(&mut bench, [&data(0), &ack(0)]);
+            assert_eq!(last(&bench), 0, "there may have been one before");
+            feed(&mut bench, [&data(2), &ack(2)]);
+            let first = last(&bench);
+            assert_ne!(first, 0);
+            feed(&mut bench, [&data(1), &data(2), &ack(2), &ack(1)]);
+            assert_eq!(last(&bench), first, "an older one, and the same again");
+            feed(&mut bench, [&data(9), &ack(9)]);
+            assert_ne!(last(&bench), first, "a newer one");
+            let client = client.ports(port + 10, 80);
+            let syn = stamped(client.clone().flags(SYN), at(0), 0);
+            let syn_ack = stamped(client.clone().back().flags(SYN | ACK), 500, at(0));
+            feed(&mut bench, [&syn, &syn_ack]);
+            let found = known(&bench, &client).unwrap();
+            assert_ne!(found.client.rtt_last, 0, "nothing is before a SYN");
+        }
     }
 }
 
@@ -324,6 +460,69 @@ fn report_tells_of_signals() {
             let times: Vec<u64> = records.iter().map(at).collect();
             assert!(times.is_sorted() && times[0] > 0);
         }
+    }
+}
+
+/// A connection that became TCP has no more signals than that.
+#[test]
+fn report_tells_of_refusal() {
+    let chain = file(json!({ "actions": [{ "action": "report" }] }));
+    for hook in Hook::ALL {
+        for connection in Connection::all() {
+            let mut bench = Bench::load(&chain, hook, CarrierChoice::Auto);
+            let dull = |what, frame: &Frame| leaves(what, frame, "not_reported");
+            let rows = [
+                same("SYN", &connection.syn()),
+                same("again, without MPTCP", &connection.client().flags(SYN)),
+                same("SYN-ACK", &connection.server().flags(SYN | ACK)),
+                dull("ACK", &connection.client()),
+                dull("data", &connection.server().payload(b"data")),
+                dull("FIN", &connection.client().flags(FIN | ACK)),
+                dull("RST", &connection.server().flags(RST)),
+            ];
+            check_rows(&mut bench, "report", &rows);
+            assert_eq!(events(&bench).len(), 3);
+        }
+    }
+}
+
+/// Where keys may be anywhere, nothing is told.
+#[test]
+fn report_hides_keys_that_are_out_of_place() {
+    let chain = file(json!({ "actions": [{ "action": "report" }] }));
+    let keys = mp(&[
+        &[1, 1],
+        &CLIENT_KEY.to_be_bytes(),
+        &SERVER_KEY.to_be_bytes(),
+    ]);
+    let close = mp(&[&[MP_FASTCLOSE, 0], &SERVER_KEY.to_be_bytes()]);
+    for hook in Hook::ALL {
+        let connection = Connection::new(v4());
+        let mut bench = Bench::load(&chain, hook, CarrierChoice::Auto);
+        feed(&mut bench, &connection.opening());
+        events(&bench);
+        let capable = mp(&[&[1, 1]]);
+        for (flags, options) in [
+            (ACK, [&keys[..], &keys].concat()),
+            (ACK, [&capable[..], &keys].concat()),
+            (ACK, [&close[..], &[1], &close].concat()),
+            (ACK, [&close[..], &keys, &[30, 3, 0x01]].concat()),
+            (RST, [&keys[..], &[3, 0]].concat()),
+            (RST, [&close[..], &[3, 9]].concat()),
+        ] {
+            let frame = connection.client_with(&[&options]).flags(flags);
+            check_rows(&mut bench, "report", &[same("it is told of", &frame)]);
+            let records = events(&bench);
+            let told = value_of::<report>(&records[0]).unwrap();
+            assert_eq!(told.options, [0; 64], "{options:02x?}");
+            assert_eq!(usize::from(told.options_length), frame.options.len());
+        }
+        // no keys, however far behind
+        let far = connection.client_with(&[&[1; 36], &capable]).flags(ACK);
+        check_rows(&mut bench, "report", &[same("far behind", &far)]);
+        let records = events(&bench);
+        let told = value_of::<report>(&records[0]).unwrap();
+        assert_eq!(told.options[..40], far.options[..40]);
     }
 }
 

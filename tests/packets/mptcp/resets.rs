@@ -122,7 +122,7 @@ fn every_shape(frame: &Frame, rst: &[u8]) -> Vec<Row> {
             &frame.clone().options(&[3, 1, 1, 1]),
             "bad_option",
         ),
-        leaves("RST", &frame.clone().flags(RST), "syn"),
+        leaves("RST", &frame.clone().flags(RST), "not_mptcp"),
         leaves("SYN", &frame.clone().flags(SYN | ACK), "syn"),
         leaves("UDP", &frame.clone().protocol(UDP), "not_tcp"),
         leaves("another flow", &frame.clone().ports(1, 2), "not_mptcp"),
@@ -149,6 +149,54 @@ fn tcp_is_not_reset() {
     let signed = v6().extension(AUTHENTICATION, &header).options(&data_ack());
     let rows = [leaves("AH", &signed, "authenticated")];
     sequence(&json!({ "action": "reset_subflow" }), &rows);
+}
+
+/// A SYN that asks for MPTCP may be answered by a host that does without: plain TCP goes on.
+#[test]
+fn refused_connections_are_not_reset() {
+    let action = json!({ "action": "reset_subflow" });
+    let rst = mp(&[&[MP_TCPRST, 3]]);
+    for connection in Connection::all() {
+        let (client, server) = (connection.client(), connection.server());
+        let plain = |what, frame: &Frame| leaves(what, frame, "not_mptcp");
+        for request in [&connection.opening()[0], &connection.joining()[0]] {
+            let answer = server.clone().options(&[2, 4, 5, 0xb4]).flags(SYN | ACK);
+            let [syn, syn_ack, third] = connection.opening();
+            let rows = [
+                leaves("SYN", request, "syn"),
+                plain("SYN-ACK", &answer),
+                plain("ACK", &client),
+                plain("data", &client.clone().payload(b"data")),
+                plain("data back", &server.clone().payload(b"data")),
+                leaves("SYN again", request, "not_mptcp"),
+                plain("SYN-ACK again", &answer),
+                plain("FIN", &client.clone().flags(FIN | ACK)),
+                leaves("a new SYN", &syn.sequence(9), "syn"),
+                leaves("SYN-ACK", &syn_ack, "syn"),
+                leaves("without MPTCP, sent again", &answer, "syn"),
+                becomes("ACK", &client, (ACK, RST | ACK), &[&third.options], &[&rst]),
+            ];
+            sequence(&action, &rows);
+        }
+    }
+}
+
+/// Where the answer is not seen, data with DSS say what it was.
+#[test]
+fn offers_alone_are_not_reset() {
+    let rst = mp(&[&[MP_TCPRST, 3]]);
+    for connection in Connection::all() {
+        let [syn, ..] = connection.opening();
+        let ack = connection.client();
+        let rows = [
+            leaves("SYN", &syn, "syn"),
+            leaves("ACK", &ack, "not_mptcp"),
+            leaves("data", &ack.clone().payload(b"data"), "not_mptcp"),
+            becomes("DSS", &ack, (ACK, RST | ACK), &[&data_ack()], &[&rst]),
+            becomes("from then on", &ack, (ACK, RST | ACK), &[], &[&rst]),
+        ];
+        sequence(&json!({ "action": "reset_subflow" }), &rows);
+    }
 }
 
 #[test]

@@ -178,7 +178,8 @@ impl<'a> Loaded<'a> {
             Learns::Nothing => {}
             Learns::Scale => self.offer_to_scale(&packet.frame),
             Learns::Mptcp => {
-                for frame in mptcp::established(&packet.frame) {
+                self.handshakes += 1;
+                for frame in mptcp::established(&packet.frame, self.handshakes) {
                     self.runner.run(&frame.build()).unwrap();
                 }
             }
