@@ -454,6 +454,7 @@ fn apply(folder: &Path, arguments: &Apply) -> Result<u8> {
         dry_run: arguments.dry_run,
         carrier: arguments.carrier.map(CarrierChoice::from),
         progress: Some(&progress),
+        keep_programs: false,
     };
     let report = apply::apply(&store, &spec, options);
     if report.is_err() || arguments.dry_run {
