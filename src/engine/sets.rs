@@ -211,7 +211,9 @@ pub fn element_json(
         item.insert(ARGUMENT.to_owned(), element.argument.into());
     }
     if element.expires != 0 {
+        // At least what can be stored again, though its time may end right now.
         let left = u64::from(element.expires).saturating_sub(seconds_now());
+        let left = left.max(1);
         item.insert(EXPIRE.to_owned(), format!("{left}s").into());
     }
     item
@@ -374,6 +376,7 @@ impl<'a> NamedSet<'a> {
         let names = self.names();
         Ok(entries
             .iter()
+            .filter(|(_, value)| !has_expired(value))
             .map(|(key, value)| element_json(self.layout, key, value, &names))
             .collect())
     }

@@ -357,6 +357,6 @@ fn set_names_chain(store: &Store, set: &str, id: u32) -> Result<bool> {
     let entries = sys::map_dump(store.set(set)?).with_context(|| format!("read the set {set}"))?;
     let named = entries
         .iter()
-        .any(|(_, value)| sets::element_chain(value) == Some(id));
+        .any(|(_, value)| sets::element_chain(value) == Some(id) && !sets::has_expired(value));
     Ok(named)
 }
