@@ -21,11 +21,10 @@ pub mod events;
 pub mod expire;
 pub mod inject;
 
-use std::fs;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -35,7 +34,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
 
-use crate::engine::store::Store;
+use crate::engine::store::{self, Store};
 use crate::error::Refused;
 
 /// Names of sockets begin so: one agent a folder and network namespace.
@@ -71,7 +70,7 @@ fn duties(folder: &Path) -> Vec<Box<dyn Duty>> {
 /// # Errors
 /// [`Refused`] if there is an agent already, or without permission.
 pub fn run(folder: &Path, stop: impl AsFd) -> Result<()> {
-    let folder = canonical(folder)?;
+    let folder = store::canonical(folder)?;
     let _claim = claim(&folder)?;
     Store::open(&folder)?.state()?;
     log(&format!("agent of {} is up", folder.display()));
@@ -150,22 +149,6 @@ pub fn stop_signals() -> Result<SignalFd> {
 pub fn log(message: &str) {
     // There is nobody left to tell if this fails.
     drop(writeln!(std::io::stderr(), "{message}"));
-}
-
-/// The folder without links and detours; it need not be there.
-fn canonical(folder: &Path) -> Result<PathBuf> {
-    let what = || format!("find {}", folder.display());
-    let absolute = std::path::absolute(folder).with_context(what)?;
-    if let Ok(found) = fs::canonicalize(&absolute) {
-        return Ok(found);
-    }
-    match (absolute.parent(), absolute.file_name()) {
-        (Some(parent), Some(name)) => match fs::canonicalize(parent) {
-            Ok(parent) => Ok(parent.join(name)),
-            Err(_) => Ok(absolute),
-        },
-        _ => Ok(absolute),
-    }
 }
 
 /// Takes the right to be the agent of a folder in this network namespace, held until dropped: an
@@ -262,7 +245,7 @@ mod tests {
     #[test]
     fn one_agent_a_folder() {
         let name = format!("/nonexistent/{}", std::process::id());
-        let folder = canonical(Path::new(&name)).unwrap();
+        let folder = store::canonical(Path::new(&name)).unwrap();
         let first = claim(&folder).unwrap();
         let error = claim(&folder).unwrap_err();
         assert!(error.downcast_ref::<Refused>().is_some(), "{error}");
@@ -276,22 +259,5 @@ mod tests {
         }
         let long = Path::new("/").join("x".repeat(100));
         assert!(claim(&long).unwrap_err().to_string().contains("too long"));
-    }
-
-    #[test]
-    fn folders_have_one_name() {
-        let folder = std::env::temp_dir().canonicalize().unwrap();
-        for name in ["absent", "./absent", "../tmp/./absent/"] {
-            if folder == Path::new("/tmp") {
-                assert_eq!(
-                    canonical(&folder.join(name)).unwrap(),
-                    folder.join("absent")
-                );
-            }
-        }
-        assert_eq!(
-            canonical(&folder.join("..")).unwrap(),
-            folder.parent().unwrap()
-        );
     }
 }

@@ -5,11 +5,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
 use libbpf_rs::{MapType, ObjectBuilder};
-use nix::time::{ClockId, clock_gettime};
 use serde_json::{Map, Value};
 
 use super::bpf::types::{element, element_flags};
@@ -254,8 +251,7 @@ pub fn remove_expired(set: impl AsFd) -> Result<usize> {
 /// Of the clock by which elements expire.
 fn seconds_now() -> u64 {
     // The kernel has this clock.
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from);
-    now.unwrap_or_default().as_secs()
+    sys::monotonic().unwrap_or_default().as_secs()
 }
 
 /// What `set load` did.
@@ -366,7 +362,7 @@ impl<'a> NamedSet<'a> {
         Ok(removed)
     }
 
-    /// Every element, in no order.
+    /// Every element that has not expired, in no order.
     ///
     /// # Errors
     /// What the kernel says.
