@@ -22,7 +22,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use policy_chain::agent::inject::Injector;
+use policy_chain::agent::{self, inject::Injector};
 use policy_chain::engine::apply::{self, Options};
 use policy_chain::engine::sets::NamedSet;
 use policy_chain::engine::store::{DEFAULT_FOLDER, Store};
@@ -67,7 +67,7 @@ fn main() -> Result<()> {
     }
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("handle interrupts")?;
+    agent::on_stop(move || flag.store(true, Ordering::Relaxed))?;
     run(&folder, &devices, &stop)
 }
 

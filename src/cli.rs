@@ -489,11 +489,10 @@ fn delete(folder: &Path, change: impl Fn(&Store) -> Result<Report>) -> Result<u8
 /// Takes the lock. From here on an interrupt waits: a change once begun is brought to its end.
 fn lock(folder: &Path) -> Result<Store> {
     let store = Store::lock(folder)?;
-    ctrlc::set_handler(|| {
+    agent::on_stop(|| {
         // There is nobody left to tell if this fails.
         drop(writeln!(std::io::stderr(), "finishing the change first"));
-    })
-    .context("handle interrupts")?;
+    })?;
     Ok(store)
 }
 
@@ -624,7 +623,7 @@ fn events(folder: &Path, arguments: &Events) -> Result<u8> {
     let start = Instant::now();
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&interrupted);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("handle interrupts")?;
+    agent::on_stop(move || flag.store(true, Ordering::Relaxed))?;
     let mut subscription = monitor::Events::subscribe(folder)?;
     let mut missing = arguments.count;
     while missing != Some(0) && !interrupted.load(Ordering::Relaxed) {

@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
 
@@ -131,8 +131,8 @@ fn wait(
     Ok((is_ready(0), readable.collect()))
 }
 
-/// Has `SIGINT` and `SIGTERM` make what is returned readable, in place of ending the process. To be
-/// called before other threads start.
+/// Has `SIGINT`, `SIGTERM` and `SIGHUP` make what is returned readable, in place of ending the
+/// process. `SIGHUP` stays ignored where it is (`nohup`). To be called before other threads start.
 ///
 /// # Errors
 /// What the kernel says.
@@ -140,9 +140,35 @@ pub fn stop_signals() -> Result<SignalFd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
+    if !hangup_is_ignored() {
+        signals.add(Signal::SIGHUP);
+    }
     signals.thread_block().context("block signals")?;
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
     SignalFd::with_flags(&signals, flags).context("wait for signals")
+}
+
+/// Has `SIGINT`, `SIGTERM` and `SIGHUP` call a function, on a thread of its own, in place of ending
+/// the process. `SIGHUP` stays ignored where it is (`nohup`). Once a process.
+///
+/// # Errors
+/// There is a handler already.
+pub fn on_stop(handler: impl FnMut() + Send + 'static) -> Result<()> {
+    let ignored = hangup_is_ignored();
+    ctrlc::set_handler(handler).context("handle interrupts")?;
+    if ignored {
+        // SAFETY: what it replaces only wakes the handler's thread.
+        unsafe { signal(Signal::SIGHUP, SigHandler::SigIgn) }.context("ignore hangups")?;
+    }
+    Ok(())
+}
+
+fn hangup_is_ignored() -> bool {
+    // SAFETY: plain data, for which zeros are a value.
+    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: nothing is set; what is set already goes to a structure that outlives the call.
+    let asked = unsafe { libc::sigaction(libc::SIGHUP, std::ptr::null(), &raw mut now) };
+    asked == 0 && now.sa_sigaction == libc::SIG_IGN
 }
 
 /// Writes a line to standard error.
