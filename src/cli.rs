@@ -425,13 +425,13 @@ fn check(files: &[PathBuf]) -> Result<u8> {
     let spec = Spec::read(files, registry)?;
     spec.validate_references(&Default::default(), &Default::default())?;
     plan::check(&spec, registry)?;
-    let chains = number(spec.chains.len(), "chain");
-    let sets = number(spec.sets.len(), "set");
+    let chains = number(spec.chains.len() as u64, "chain");
+    let sets = number(spec.sets.len() as u64, "set");
     print(&format!("ok: {chains}, {sets}\n"))
 }
 
 /// `1 chain`, `2 chains`.
-fn number(count: usize, thing: &str) -> String {
+fn number(count: u64, thing: &str) -> String {
     let plural = if count == 1 { "" } else { "s" };
     format!("{count} {thing}{plural}")
 }
@@ -632,7 +632,16 @@ fn events(folder: &Path, arguments: &Events) -> Result<u8> {
             None => Duration::MAX,
         };
         if left.is_zero() {
-            return Ok(missing.map_or(EXIT_DONE, |_| EXIT_FAILED));
+            let (Some(missing), Some(count)) = (missing, arguments.count) else {
+                return Ok(EXIT_DONE);
+            };
+            return Err(Refused::state(
+                format!("{} of {} came", count - missing, number(count, "event")),
+                "the time of --timeout is over",
+                "allow more time; `policy-chain list` tells how many packets the chains that \
+                 report have seen",
+            )
+            .into());
         }
         let Some(event) = subscription.receive(Some(left.min(GLANCE)))? else {
             continue;
@@ -763,10 +772,16 @@ fn testbed_up(arguments: Up) -> Result<u8> {
         let started = std::env::current_exe()
             .context("find this program")
             .and_then(|program| testbed.start_relay(&program));
-        if started.is_err() {
-            testbed::down(&arguments.name)?;
+        if let Err(error) = started {
+            // Why the relay did not start is what to report.
+            if let Err(also) = testbed::down(&arguments.name) {
+                let name = &arguments.name;
+                warn(&format!(
+                    "the testbed {name} could not be removed: {also:#}"
+                ));
+            }
+            return Err(error);
         }
-        started?;
     }
     if arguments.output.json {
         return print_json(&testbed.describe().to_json());
