@@ -22,11 +22,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use policy_chain::agent::inject::Injector;
+use policy_chain::agent::{self, inject::Injector};
 use policy_chain::engine::apply::{self, Options};
 use policy_chain::engine::sets::NamedSet;
 use policy_chain::engine::store::{DEFAULT_FOLDER, Store};
-use policy_chain::monitor::connections::{self, Connection, State, Subflow, token_text};
+use policy_chain::monitor::connections::{self, Connection, State, Subflow};
+use policy_chain::monitor::event::hex;
 use policy_chain::policy::Registry;
 use policy_chain::spec::Spec;
 use serde_json::{Map, Value, json};
@@ -66,7 +67,7 @@ fn main() -> Result<()> {
     }
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("handle interrupts")?;
+    agent::on_stop(move || flag.store(true, Ordering::Relaxed))?;
     run(&folder, &devices, &stop)
 }
 
@@ -155,7 +156,7 @@ impl Scheduler {
                 .or_insert_with(|| Choice::new(now));
             choice.observe(&subflows, now);
             if let Some(why) = choice.decide(&subflows, now) {
-                println!("{}: {why}", token_text(token));
+                println!("{}: {why}", hex(token));
             }
             for subflow in subflows {
                 let backup = choice.active.as_ref() != Some(&flow(subflow));

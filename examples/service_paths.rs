@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use policy_chain::agent::inject::Injector;
+use policy_chain::agent::{self, inject::Injector};
 use policy_chain::engine::apply::{self, Options};
 use policy_chain::engine::store::{DEFAULT_FOLDER, Store};
 use policy_chain::monitor::{Events, Message};
@@ -49,7 +49,7 @@ fn main() -> Result<()> {
     }
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("handle interrupts")?;
+    agent::on_stop(move || flag.store(true, Ordering::Relaxed))?;
     run(&folder, &paths, &services, &stop)
 }
 

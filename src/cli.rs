@@ -425,13 +425,13 @@ fn check(files: &[PathBuf]) -> Result<u8> {
     let spec = Spec::read(files, registry)?;
     spec.validate_references(&Default::default(), &Default::default())?;
     plan::check(&spec, registry)?;
-    let chains = number(spec.chains.len(), "chain");
-    let sets = number(spec.sets.len(), "set");
+    let chains = number(spec.chains.len() as u64, "chain");
+    let sets = number(spec.sets.len() as u64, "set");
     print(&format!("ok: {chains}, {sets}\n"))
 }
 
 /// `1 chain`, `2 chains`.
-fn number(count: usize, thing: &str) -> String {
+fn number(count: u64, thing: &str) -> String {
     let plural = if count == 1 { "" } else { "s" };
     format!("{count} {thing}{plural}")
 }
@@ -454,6 +454,7 @@ fn apply(folder: &Path, arguments: &Apply) -> Result<u8> {
         dry_run: arguments.dry_run,
         carrier: arguments.carrier.map(CarrierChoice::from),
         progress: Some(&progress),
+        keep_programs: false,
     };
     let report = apply::apply(&store, &spec, options);
     if report.is_err() || arguments.dry_run {
@@ -488,11 +489,10 @@ fn delete(folder: &Path, change: impl Fn(&Store) -> Result<Report>) -> Result<u8
 /// Takes the lock. From here on an interrupt waits: a change once begun is brought to its end.
 fn lock(folder: &Path) -> Result<Store> {
     let store = Store::lock(folder)?;
-    ctrlc::set_handler(|| {
+    agent::on_stop(|| {
         // There is nobody left to tell if this fails.
         drop(writeln!(std::io::stderr(), "finishing the change first"));
-    })
-    .context("handle interrupts")?;
+    })?;
     Ok(store)
 }
 
@@ -623,7 +623,7 @@ fn events(folder: &Path, arguments: &Events) -> Result<u8> {
     let start = Instant::now();
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&interrupted);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("handle interrupts")?;
+    agent::on_stop(move || flag.store(true, Ordering::Relaxed))?;
     let mut subscription = monitor::Events::subscribe(folder)?;
     let mut missing = arguments.count;
     while missing != Some(0) && !interrupted.load(Ordering::Relaxed) {
@@ -632,7 +632,16 @@ fn events(folder: &Path, arguments: &Events) -> Result<u8> {
             None => Duration::MAX,
         };
         if left.is_zero() {
-            return Ok(missing.map_or(EXIT_DONE, |_| EXIT_FAILED));
+            let (Some(missing), Some(count)) = (missing, arguments.count) else {
+                return Ok(EXIT_DONE);
+            };
+            return Err(Refused::state(
+                format!("{} of {} came", count - missing, number(count, "event")),
+                "the time of --timeout is over",
+                "allow more time; `policy-chain list` tells how many packets the chains that \
+                 report have seen",
+            )
+            .into());
         }
         let Some(event) = subscription.receive(Some(left.min(GLANCE)))? else {
             continue;
@@ -763,10 +772,16 @@ fn testbed_up(arguments: Up) -> Result<u8> {
         let started = std::env::current_exe()
             .context("find this program")
             .and_then(|program| testbed.start_relay(&program));
-        if started.is_err() {
-            testbed::down(&arguments.name)?;
+        if let Err(error) = started {
+            // Why the relay did not start is what to report.
+            if let Err(also) = testbed::down(&arguments.name) {
+                let name = &arguments.name;
+                warn(&format!(
+                    "the testbed {name} could not be removed: {also:#}"
+                ));
+            }
+            return Err(error);
         }
-        started?;
     }
     if arguments.output.json {
         return print_json(&testbed.describe().to_json());

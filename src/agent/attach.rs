@@ -103,7 +103,9 @@ impl Attaching {
     /// What then is still missing, and why.
     fn reattach(&self) -> Result<(BTreeSet<Address>, String)> {
         let store = Store::lock_within(&self.folder, LOCK_WAIT)?;
-        let report = apply::reattach(&store)?;
+        let nowhere = BTreeSet::new();
+        let failed = self.failed.as_ref().map_or(&nowhere, |failed| &failed.at);
+        let report = apply::reattach_after(&store, failed)?;
         for (chain, device, hook) in &report.attached {
             log(&format!("attached {chain} to {device} {hook}"));
         }

@@ -15,7 +15,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::time::{ClockId, clock_gettime};
 
 use super::{Duty, log};
 use crate::engine::bpf::types::{ack_key, held_options, saved_ack, subflow, subflow_flags};
@@ -134,8 +133,7 @@ impl Injector {
             true => Some(attachment.kept(HELD)?),
             false => None,
         };
-        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
-        let now = Duration::from(now);
+        let now = sys::monotonic().context("read the clock")?;
         let mut sent = 0;
         let entries = sys::map_dump(acks).context("read the saved acknowledgements")?;
         for (key, value) in entries.iter() {

@@ -21,21 +21,20 @@ pub mod events;
 pub mod expire;
 pub mod inject;
 
-use std::fs;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
 
-use crate::engine::store::Store;
+use crate::engine::store::{self, Store};
 use crate::error::Refused;
 
 /// Names of sockets begin so: one agent a folder and network namespace.
@@ -71,7 +70,7 @@ fn duties(folder: &Path) -> Vec<Box<dyn Duty>> {
 /// # Errors
 /// [`Refused`] if there is an agent already, or without permission.
 pub fn run(folder: &Path, stop: impl AsFd) -> Result<()> {
-    let folder = canonical(folder)?;
+    let folder = store::canonical(folder)?;
     let _claim = claim(&folder)?;
     Store::open(&folder)?.state()?;
     log(&format!("agent of {} is up", folder.display()));
@@ -132,8 +131,8 @@ fn wait(
     Ok((is_ready(0), readable.collect()))
 }
 
-/// Has `SIGINT` and `SIGTERM` make what is returned readable, in place of ending the process. To be
-/// called before other threads start.
+/// Has `SIGINT`, `SIGTERM` and `SIGHUP` make what is returned readable, in place of ending the
+/// process. `SIGHUP` stays ignored where it is (`nohup`). To be called before other threads start.
 ///
 /// # Errors
 /// What the kernel says.
@@ -141,31 +140,41 @@ pub fn stop_signals() -> Result<SignalFd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
+    if !hangup_is_ignored() {
+        signals.add(Signal::SIGHUP);
+    }
     signals.thread_block().context("block signals")?;
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
     SignalFd::with_flags(&signals, flags).context("wait for signals")
+}
+
+/// Has `SIGINT`, `SIGTERM` and `SIGHUP` call a function, on a thread of its own, in place of ending
+/// the process. `SIGHUP` stays ignored where it is (`nohup`). Once a process.
+///
+/// # Errors
+/// There is a handler already.
+pub fn on_stop(handler: impl FnMut() + Send + 'static) -> Result<()> {
+    let ignored = hangup_is_ignored();
+    ctrlc::set_handler(handler).context("handle interrupts")?;
+    if ignored {
+        // SAFETY: what it replaces only wakes the handler's thread.
+        unsafe { signal(Signal::SIGHUP, SigHandler::SigIgn) }.context("ignore hangups")?;
+    }
+    Ok(())
+}
+
+fn hangup_is_ignored() -> bool {
+    // SAFETY: plain data, for which zeros are a value.
+    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: nothing is set; what is set already goes to a structure that outlives the call.
+    let asked = unsafe { libc::sigaction(libc::SIGHUP, std::ptr::null(), &raw mut now) };
+    asked == 0 && now.sa_sigaction == libc::SIG_IGN
 }
 
 /// Writes a line to standard error.
 pub fn log(message: &str) {
     // There is nobody left to tell if this fails.
     drop(writeln!(std::io::stderr(), "{message}"));
-}
-
-/// The folder without links and detours; it need not be there.
-fn canonical(folder: &Path) -> Result<PathBuf> {
-    let what = || format!("find {}", folder.display());
-    let absolute = std::path::absolute(folder).with_context(what)?;
-    if let Ok(found) = fs::canonicalize(&absolute) {
-        return Ok(found);
-    }
-    match (absolute.parent(), absolute.file_name()) {
-        (Some(parent), Some(name)) => match fs::canonicalize(parent) {
-            Ok(parent) => Ok(parent.join(name)),
-            Err(_) => Ok(absolute),
-        },
-        _ => Ok(absolute),
-    }
 }
 
 /// Takes the right to be the agent of a folder in this network namespace, held until dropped: an
@@ -262,7 +271,7 @@ mod tests {
     #[test]
     fn one_agent_a_folder() {
         let name = format!("/nonexistent/{}", std::process::id());
-        let folder = canonical(Path::new(&name)).unwrap();
+        let folder = store::canonical(Path::new(&name)).unwrap();
         let first = claim(&folder).unwrap();
         let error = claim(&folder).unwrap_err();
         assert!(error.downcast_ref::<Refused>().is_some(), "{error}");
@@ -276,22 +285,5 @@ mod tests {
         }
         let long = Path::new("/").join("x".repeat(100));
         assert!(claim(&long).unwrap_err().to_string().contains("too long"));
-    }
-
-    #[test]
-    fn folders_have_one_name() {
-        let folder = std::env::temp_dir().canonicalize().unwrap();
-        for name in ["absent", "./absent", "../tmp/./absent/"] {
-            if folder == Path::new("/tmp") {
-                assert_eq!(
-                    canonical(&folder.join(name)).unwrap(),
-                    folder.join("absent")
-                );
-            }
-        }
-        assert_eq!(
-            canonical(&folder.join("..")).unwrap(),
-            folder.parent().unwrap()
-        );
     }
 }

@@ -5,11 +5,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
 use libbpf_rs::{MapType, ObjectBuilder};
-use nix::time::{ClockId, clock_gettime};
 use serde_json::{Map, Value};
 
 use super::bpf::types::{element, element_flags};
@@ -210,7 +207,8 @@ pub fn element_json(
         item.insert(ARGUMENT.to_owned(), element.argument.into());
     }
     if element.expires != 0 {
-        let left = seconds_left(element.expires, nanoseconds_now());
+        // At least what can be stored again, though its time may end right now.
+        let left = seconds_left(element.expires, nanoseconds_now()).max(1);
         item.insert(EXPIRE.to_owned(), format!("{left}s").into());
     }
     item
@@ -264,8 +262,7 @@ fn seconds_left(expires: u32, now: u64) -> u64 {
 /// Of the clock by which elements expire.
 fn nanoseconds_now() -> u64 {
     // The kernel has this clock.
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from);
-    let now = now.unwrap_or_default();
+    let now = sys::monotonic().unwrap_or_default();
     now.as_secs() * SECOND + u64::from(now.subsec_nanos())
 }
 
@@ -377,7 +374,7 @@ impl<'a> NamedSet<'a> {
         Ok(removed)
     }
 
-    /// Every element, in no order.
+    /// Every element that has not expired, in no order.
     ///
     /// # Errors
     /// What the kernel says.
@@ -387,6 +384,7 @@ impl<'a> NamedSet<'a> {
         let names = self.names();
         Ok(entries
             .iter()
+            .filter(|(_, value)| !has_expired(value))
             .map(|(key, value)| element_json(self.layout, key, value, &names))
             .collect())
     }

@@ -19,7 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Map, Value, json};
@@ -46,7 +46,7 @@ const LOCK_WAIT: Duration = Duration::from_secs(60);
 pub struct Store {
     folder: PathBuf,
     registry: &'static Registry,
-    _lock: Option<sys::FolderLock>,
+    lock: Option<sys::FolderLock>,
 }
 
 /// What is known besides the attachments.
@@ -113,7 +113,7 @@ impl Store {
         Ok(Store {
             folder: folder.to_owned(),
             registry: Registry::embedded()?,
-            _lock: None,
+            lock: None,
         })
     }
 
@@ -131,22 +131,10 @@ impl Store {
     /// # Errors
     /// As [`Store::lock`].
     pub fn lock_within(folder: &Path, wait: Duration) -> Result<Store> {
-        prepare(folder)?;
-        let lock = sys::lock_folder(folder, wait).map_err(|error| {
-            if error.kind() == io::ErrorKind::WouldBlock {
-                return Refused::state(
-                    format!("another command works on {}", folder.display()),
-                    format!("it has held the lock for {} s", wait.as_secs()),
-                    "wait for it, or end it",
-                )
-                .into();
-            }
-            kernel_error(format!("lock {}", folder.display()), &error)
-        })?;
         let store = Store {
             folder: folder.to_owned(),
             registry: Registry::embedded()?,
-            _lock: Some(lock),
+            lock: Some(lock_prepared(folder, wait)?),
         };
         store.clean_up()?;
         Ok(store)
@@ -551,11 +539,18 @@ impl Store {
         remove_pin(&self.folder.join("sets").join(name))
     }
 
-    /// Removes the folder if nothing is kept in it.
+    /// Removes the folder if nothing is kept in it. If it is removed already, that at its place is
+    /// another command's.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn remove_if_empty(&self) -> Result<()> {
+        if let Some(lock) = &self.lock {
+            let ours = lock.is_at(&self.folder);
+            if !ours.with_context(|| format!("look at {}", self.folder.display()))? {
+                return Ok(());
+            }
+        }
         let state = self.state()?;
         if !state.subs.is_empty() || !state.sets.is_empty() || !state.attached.is_empty() {
             return Ok(());
@@ -786,6 +781,47 @@ fn address(folder: &Path) -> Option<(u64, u32, Hook)> {
     ))
 }
 
+/// Makes the folder and takes the lock.
+fn lock_prepared(folder: &Path, wait: Duration) -> Result<sys::FolderLock> {
+    let start = Instant::now();
+    loop {
+        prepare(folder)?;
+        let left = wait.saturating_sub(start.elapsed());
+        match sys::lock_folder(folder, left) {
+            Ok(lock) => return Ok(lock),
+            // Who held the lock, or made the folder and found nothing to do, has removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !left.is_zero() => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(Refused::state(
+                    format!("another command works on {}", folder.display()),
+                    format!("it has held the lock for {} s", wait.as_secs()),
+                    "wait for it, or end it",
+                )
+                .into());
+            }
+            Err(error) => {
+                return Err(kernel_error(format!("lock {}", folder.display()), &error));
+            }
+        }
+    }
+}
+
+/// The one name of a folder, that there is to be one process of a kind for: without links and
+/// detours, as far as it exists.
+///
+/// # Errors
+/// The current folder cannot be told.
+pub fn canonical(folder: &Path) -> Result<PathBuf> {
+    let folder = std::path::absolute(folder).context("find the current folder")?;
+    let there = folder.ancestors().find_map(|ancestor| {
+        let rest = folder.strip_prefix(ancestor).ok()?;
+        let there = ancestor.canonicalize().ok()?;
+        // Without a slash behind the folder itself.
+        Some(there.components().chain(rest.components()).collect())
+    });
+    Ok(there.unwrap_or(folder))
+}
+
 fn prepare(folder: &Path) -> Result<()> {
     let on_bpffs = sys::is_bpffs(folder)
         .map_err(|error| kernel_error(format!("look at {}", folder.display()), &error))?;
@@ -867,4 +903,34 @@ fn members<'a>(value: &'a Value, key: &str) -> impl Iterator<Item = (&'a String,
         .and_then(Value::as_object)
         .into_iter()
         .flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn folders_have_one_name() {
+        let temporary = std::env::temp_dir().canonicalize().unwrap();
+        let folder = temporary.join(format!("pc-names-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        let link = folder.join("link");
+        std::os::unix::fs::symlink(&folder, &link).unwrap();
+        let names = |rest: &str| {
+            let detour = folder.join("..").join(folder.file_name().unwrap());
+            [folder.join(rest), link.join(rest), detour.join(rest)]
+                .map(|it| canonical(&it).unwrap())
+        };
+        let absent = names("a/b/");
+        assert_eq!(absent, [(); 3].map(|()| folder.join("a/b")));
+        fs::create_dir_all(folder.join("a/b")).unwrap();
+        assert_eq!(names("a/b/"), absent);
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(
+            canonical("/nowhere/a".as_ref()).unwrap(),
+            Path::new("/nowhere/a")
+        );
+    }
 }

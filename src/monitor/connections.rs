@@ -7,12 +7,12 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
+use super::event::hex;
 use crate::engine::bpf::types::{self, subflow_flags};
 use crate::engine::bpf::{bytes_of, value_of};
 use crate::engine::store::Store;
@@ -112,7 +112,7 @@ pub struct Rtt {
 /// No permission.
 pub fn read(store: &Store) -> Result<Vec<Connection>> {
     let here = netns::current_id()?;
-    let now = now()?;
+    let now = sys::monotonic().context("read the clock")?;
     let mut devices = BTreeMap::new();
     for attachment in store.attachments()? {
         if attachment.netns == here && attachment.keeps(SUBFLOWS) {
@@ -139,10 +139,10 @@ pub fn read(store: &Store) -> Result<Vec<Connection>> {
 /// No permission.
 pub fn read_with_rates(store: &Store, over: Duration) -> Result<Vec<Connection>> {
     let before = read(store)?;
-    let begin = now()?;
+    let begin = Instant::now();
     std::thread::sleep(over);
     let mut after = read(store)?;
-    let seconds = now()?.saturating_sub(begin).as_secs_f64();
+    let seconds = begin.elapsed().as_secs_f64();
     let sent: BTreeMap<_, _> = before.iter().flat_map(Connection::sent).collect();
     for subflow in after
         .iter_mut()
@@ -219,16 +219,11 @@ impl Connection {
         let subflows: Vec<Value> = self.subflows.iter().map(Subflow::to_json).collect();
         json!({
             "mptcp": self.mptcp,
-            "local_token": self.tokens[0].map(token_text),
-            "remote_token": self.tokens[1].map(token_text),
+            "local_token": self.tokens[0].map(hex),
+            "remote_token": self.tokens[1].map(hex),
             "subflows": subflows,
         })
     }
-}
-
-/// A token as eight hex digits.
-pub fn token_text(token: u32) -> String {
-    format!("{token:08x}")
 }
 
 /// The table `connections` prints, within 100 columns.
@@ -243,7 +238,7 @@ pub fn table(connections: &[Connection]) -> String {
     for connection in connections {
         let mut name = match (connection.mptcp, connection.tokens[0]) {
             (false, _) => "tcp".to_owned(),
-            (true, Some(token)) => token_text(token),
+            (true, Some(token)) => hex(token),
             (true, None) => "?".to_owned(),
         };
         for subflow in &connection.subflows {
@@ -368,12 +363,6 @@ fn group(mut found: Vec<Found>) -> Vec<Connection> {
         }
     }
     connections
-}
-
-/// The clock of all times in the maps.
-fn now() -> Result<Duration> {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("read the clock")?;
-    Ok(now.into())
 }
 
 #[cfg(test)]

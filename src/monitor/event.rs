@@ -283,7 +283,7 @@ fn pair(f: &mut fmt::Formatter<'_>, name: &str, value: Option<impl fmt::Display>
 }
 
 /// A token or nonce as 8 hex digits.
-pub(super) fn hex(number: u32) -> String {
+pub fn hex(number: u32) -> String {
     format!("{number:08x}")
 }
 

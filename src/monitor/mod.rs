@@ -44,9 +44,10 @@ pub use time::{Clock, Time};
 
 /// Where events come from.
 pub trait Source: Send {
-    /// Waits for events, up to `wait`, and hands them on, in their order.
+    /// Waits for events, up to `wait`, and hands them on, in their order, each with when it was
+    /// reported: nanoseconds of CLOCK_MONOTONIC.
     ///
     /// # Errors
     /// There will be no more.
-    fn poll(&mut self, wait: Duration, sink: &mut dyn FnMut(Event)) -> Result<()>;
+    fn poll(&mut self, wait: Duration, sink: &mut dyn FnMut(u64, Event)) -> Result<()>;
 }

@@ -45,8 +45,6 @@ pub fn find(folder: &Path) -> Result<Option<PathBuf>> {
 /// the thread that polls it.
 pub struct Ring {
     folder: PathBuf,
-    /// Nanoseconds of CLOCK_MONOTONIC; reports that are older are left out.
-    since: u64,
     open: Option<Open>,
     checked: Instant,
     failures: u32,
@@ -64,15 +62,13 @@ struct Open {
 }
 
 impl Ring {
-    /// Opens the ring buffer, if there is one yet. `since`: nanoseconds of CLOCK_MONOTONIC; what
-    /// was reported before is left out.
+    /// Opens the ring buffer, if there is one yet. What it holds already is read too.
     ///
     /// # Errors
     /// No permission.
-    pub fn open(folder: &Path, since: u64) -> Result<Ring> {
+    pub fn open(folder: &Path) -> Result<Ring> {
         let mut ring = Ring {
             folder: folder.to_owned(),
-            since,
             open: None,
             checked: Instant::now(),
             failures: 0,
@@ -116,18 +112,16 @@ impl Ring {
 }
 
 impl Source for Ring {
-    fn poll(&mut self, wait: Duration, sink: &mut dyn FnMut(Event)) -> Result<()> {
+    fn poll(&mut self, wait: Duration, sink: &mut dyn FnMut(u64, Event)) -> Result<()> {
         self.check_in_time()?;
         let Some(open) = &self.open else {
             thread::sleep(wait);
             return Ok(());
         };
         for report in open.take(wait)? {
-            if report.at < self.since {
-                continue;
+            for event in self.decoder.decode(&report, &mut self.names) {
+                sink(report.at, event);
             }
-            let events = self.decoder.decode(&report, &mut self.names);
-            events.into_iter().for_each(&mut *sink);
         }
         Ok(())
     }

@@ -129,26 +129,30 @@ fn reports_are_taken_once_and_in_batches() {
 }
 
 #[test]
-fn old_reports_are_left_out() {
+fn all_that_was_reported_is_read() {
     let Some((folder, map)) = pinned() else {
         return;
     };
-    let mut ring = Ring::open(&folder.0, 100).unwrap();
+    let mut ring = Ring::open(&folder.0).unwrap();
     ring.open = Some(Open::new(folder.0.join(PIN)).unwrap());
     run(&reporter(&map, 99, REPORT), 1);
     run(&reporter(&map, 100, REPORT), 1);
     let mut events = Vec::new();
     let all = Duration::from_millis(10);
-    ring.poll(all, &mut |event| events.push(event)).unwrap();
-    assert_eq!(events.len(), 1);
-    assert_eq!(events[0].kind, Kind::Close { how: How::Fin });
-    assert_eq!((events[0].device.as_str(), &events[0].chain), ("0", &None));
+    ring.poll(all, &mut |at, event| events.push((at, event)))
+        .unwrap();
+    assert_eq!(events.len(), 2);
+    for ((at, event), expected) in events.iter().zip([99, 100]) {
+        assert_eq!(*at, expected);
+        assert_eq!(event.kind, Kind::Close { how: How::Fin });
+        assert_eq!((event.device.as_str(), &event.chain), ("0", &None));
+    }
 }
 
 #[test]
 fn a_folder_without_chains_has_no_ring_buffer() {
     assert_eq!(find(Path::new("/nowhere")).unwrap(), None);
-    let mut ring = Ring::open(Path::new("/nowhere"), 0).unwrap();
-    ring.poll(Duration::ZERO, &mut |event| panic!("{event}"))
+    let mut ring = Ring::open(Path::new("/nowhere")).unwrap();
+    ring.poll(Duration::ZERO, &mut |_, event| panic!("{event}"))
         .unwrap();
 }

@@ -3,25 +3,31 @@
 //! JSON each.
 
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, bind as bind_fd, connect as connect_fd,
+    getsockopt, socket, sockopt::PeerCredentials,
+};
 use nix::unistd::geteuid;
 
 use super::event::Message;
 use super::ring::Ring;
-use super::{Event, Source, time};
+use super::{Event, Source};
+use crate::engine::store;
 use crate::error::Refused;
 
 /// Lines that wait for one subscriber, at most; what comes then is lost to it.
@@ -34,17 +40,19 @@ const GATHER: Duration = Duration::from_millis(250);
 const LULL: Duration = Duration::from_millis(10);
 /// How often a subscriber to whom nothing is said is looked after.
 const LOOK: Duration = Duration::from_secs(1);
-/// How long subscribers may take to read what is left when the server stops.
+/// How long subscribers may take to read what is left and let go when the server stops.
 const GRACE: Duration = Duration::from_secs(1);
 /// Bytes to write at once, about.
 const WRITE: usize = 32 << 10;
+/// Names of subscribers' sockets begin so; from when on they want events follows.
+const FOLLOWER: &str = "policy-chain/follower/";
 
 /// The name that belongs to a folder: abstract, so that of one network namespace.
 ///
 /// # Errors
 /// [`Refused`] if the folder's path is too long.
 pub(super) fn name(folder: &Path) -> Result<SocketAddr> {
-    let folder = canonical(folder)?;
+    let folder = store::canonical(folder)?;
     let name = [
         b"policy-chain/events".as_slice(),
         folder.as_os_str().as_bytes(),
@@ -56,24 +64,6 @@ pub(super) fn name(folder: &Path) -> Result<SocketAddr> {
     })
 }
 
-/// The path without symbolic links, as far as it exists.
-fn canonical(folder: &Path) -> Result<PathBuf> {
-    let folder = std::path::absolute(folder).context("find the current folder")?;
-    let there = folder.ancestors().find_map(|ancestor| {
-        let rest = folder.strip_prefix(ancestor).ok()?;
-        // Without a slash behind the folder itself.
-        Some(
-            ancestor
-                .canonicalize()
-                .ok()?
-                .components()
-                .chain(rest.components())
-                .collect(),
-        )
-    });
-    Ok(there.unwrap_or(folder))
-}
-
 /// Takes the name; `None` if another has it.
 pub(super) fn bind(name: &SocketAddr) -> Result<Option<UnixListener>> {
     match UnixListener::bind_addr(name) {
@@ -81,6 +71,42 @@ pub(super) fn bind(name: &SocketAddr) -> Result<Option<UnixListener>> {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),
         Err(error) => Err(error).context("bind the socket of events"),
     }
+}
+
+/// Connects to a server, to have what was reported since a time of CLOCK_MONOTONIC, in nanoseconds:
+/// it stands in the name of this end, so that the server knows it as soon as it accepts.
+pub(super) fn connect(name: &SocketAddr, since: u64) -> io::Result<UnixStream> {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let server = UnixAddr::new_abstract(name.as_abstract_name().unwrap_or_default())?;
+    loop {
+        let stream = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let own = format!("{FOLLOWER}{since}/{}/{number}", std::process::id());
+        match bind_fd(stream.as_raw_fd(), &UnixAddr::new_abstract(own.as_bytes())?) {
+            Ok(()) => {}
+            // Of a process with the same number in another PID namespace.
+            Err(Errno::EADDRINUSE) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        match connect_fd(stream.as_raw_fd(), &server) {
+            Ok(()) => return Ok(UnixStream::from(stream)),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// From when on the other end wants events; who does not say gets whatever there is.
+fn since(peer: &SocketAddr) -> u64 {
+    let name = peer.as_abstract_name().unwrap_or_default();
+    let name = std::str::from_utf8(name).ok();
+    let since = name.and_then(|name| name.strip_prefix(FOLLOWER)?.split('/').next()?.parse().ok());
+    since.unwrap_or(0)
 }
 
 /// The user at the other end.
@@ -100,21 +126,18 @@ pub struct Server {
 }
 
 impl Server {
-    /// Becomes the consumer of what is reported from now on in this network namespace.
+    /// Becomes the consumer of what is reported in this network namespace. It also takes what is in
+    /// the ring buffer already: of those whom another consumer served, some may not have it yet.
+    ///
+    /// `None` if there is a consumer already: subscribe to it.
     ///
     /// # Errors
-    /// [`Refused`] (state) if there is one already; no permission.
-    pub fn start(folder: &Path) -> Result<Server> {
+    /// [`Refused`] if the folder's path is too long; no permission.
+    pub fn start(folder: &Path) -> Result<Option<Server>> {
         let Some(listener) = bind(&name(folder)?)? else {
-            return Err(Refused::state(
-                format!("the events of {} have a reader", folder.display()),
-                "another process holds the socket of events",
-                "subscribe to it, or end it: ss -xlp | grep policy-chain/events",
-            )
-            .into());
+            return Ok(None);
         };
-        let ring = Ring::open(folder, time::monotonic()?)?;
-        Server::serve(listener, Box::new(ring))
+        Server::serve(listener, Box::new(Ring::open(folder)?)).map(Some)
     }
 
     /// Serves another source's events.
@@ -141,7 +164,8 @@ impl Server {
             .is_some_and(|thread| !thread.is_finished())
     }
 
-    /// Lets the others read what is left, for a second, and go to whoever is next.
+    /// Lets the others read what is left, for a second, and go to whoever is next. Who does not read
+    /// in that time misses what comes before it does.
     ///
     /// # Errors
     /// Why it had ended, if it had.
@@ -169,7 +193,7 @@ impl Drop for Server {
 
 fn serve(listener: UnixListener, mut source: Box<dyn Source>, stop: &AtomicBool) -> Result<()> {
     let mut subscribers = Subscribers::default();
-    let mut events: Vec<Event> = Vec::new();
+    let mut events: Vec<(u64, Event)> = Vec::new();
     let mut result = Ok(());
     let begin = Instant::now();
     while begin.elapsed() < GATHER && !stop.load(Ordering::Relaxed) {
@@ -177,17 +201,18 @@ fn serve(listener: UnixListener, mut source: Box<dyn Source>, stop: &AtomicBool)
         thread::sleep(LULL);
     }
     while result.is_ok() && !stop.load(Ordering::Relaxed) {
-        result = source.poll(TICK, &mut |event| events.push(event));
+        result = source.poll(TICK, &mut |at, event| events.push((at, event)));
         // First: who connected before an event was read is to have it.
         subscribers.accept(&listener);
-        for event in events.drain(..) {
-            subscribers.send(Message::Event(event));
+        for (at, event) in events.drain(..) {
+            subscribers.send(at, event);
         }
         subscribers.tell_lost();
     }
-    // From here on somebody else can be the consumer.
-    drop(listener);
     subscribers.close();
+    // From here on somebody else can be the consumer. Those who were served wait in the listener's
+    // queue by now: they see its end before whoever comes next has begun.
+    drop(listener);
     result
 }
 
@@ -197,6 +222,8 @@ type Line = Arc<str>;
 struct Subscribers(Vec<Subscriber>);
 
 struct Subscriber {
+    /// It is not told of what was reported before.
+    since: u64,
     lines: SyncSender<Line>,
     /// Events not told, since it was last told so.
     lost: u64,
@@ -207,19 +234,21 @@ struct Subscriber {
 impl Subscribers {
     fn accept(&mut self, listener: &UnixListener) {
         // Of what fails here, the client sees that it is not connected any more.
-        while let Ok((stream, _)) = listener.accept() {
+        while let Ok((stream, name)) = listener.accept() {
             if peer(&stream).is_ok_and(is_trusted) {
-                self.0.extend(Subscriber::new(stream));
+                self.0.extend(Subscriber::new(stream, since(&name)));
             }
         }
     }
 
-    fn send(&mut self, message: Message) {
-        if self.0.is_empty() {
+    /// Tells of an event that was reported at a time.
+    fn send(&mut self, at: u64, event: Event) {
+        if self.0.iter().all(|subscriber| at < subscriber.since) {
             return;
         }
-        let line = line(&message);
-        self.0.retain_mut(|subscriber| subscriber.send(&line));
+        let line = line(&Message::Event(event));
+        self.0
+            .retain_mut(|subscriber| at < subscriber.since || subscriber.send(&line));
     }
 
     fn tell_lost(&mut self) {
@@ -227,22 +256,22 @@ impl Subscribers {
             .retain_mut(|subscriber| subscriber.tell_lost() != Sent::Gone);
     }
 
+    /// Has all of them read what is left and hang up. They end at the same time: who has to wait
+    /// for another would come to the next consumer too late.
     fn close(mut self) {
         self.tell_lost();
         let end = Instant::now() + GRACE;
-        for Subscriber {
-            lines,
-            stream,
-            thread,
-            ..
-        } in self.0
-        {
-            drop(lines);
-            while !thread.is_finished() && Instant::now() < end {
-                thread::sleep(Duration::from_millis(5));
-            }
+        // Without `lines`, the threads end once they have written all.
+        let ending = self.0.into_iter().map(|it| (it.stream, it.thread));
+        let ending: Vec<(UnixStream, JoinHandle<()>)> = ending.collect();
+        while Instant::now() < end && !ending.iter().all(|(stream, _)| hung_up(stream)) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        for (stream, _) in &ending {
             // Ends a write that nobody reads. It may be gone already.
-            drop(stream.shutdown(std::net::Shutdown::Both));
+            drop(stream.shutdown(Shutdown::Both));
+        }
+        for (_, thread) in ending {
             drop(thread.join());
         }
     }
@@ -260,13 +289,18 @@ enum Sent {
 }
 
 impl Subscriber {
-    fn new(stream: UnixStream) -> io::Result<Subscriber> {
+    fn new(stream: UnixStream, since: u64) -> io::Result<Subscriber> {
         let (lines, waiting) = sync_channel(QUEUE);
         let output = stream.try_clone()?;
         let thread = thread::Builder::new()
             .name("subscriber".to_owned())
-            .spawn(move || write(output, &waiting))?;
+            .spawn(move || {
+                write(&output, &waiting);
+                // The other end reads what it has, and then that this was all.
+                drop(output.shutdown(Shutdown::Write));
+            })?;
         Ok(Subscriber {
+            since,
             lines,
             lost: 0,
             stream,
@@ -307,7 +341,7 @@ impl Subscriber {
 }
 
 /// Writes lines until there are no more, or nobody reads them.
-fn write(mut stream: UnixStream, lines: &Receiver<Line>) {
+fn write(mut stream: &UnixStream, lines: &Receiver<Line>) {
     loop {
         match lines.recv_timeout(LOOK) {
             Ok(line) => {
@@ -322,7 +356,7 @@ fn write(mut stream: UnixStream, lines: &Receiver<Line>) {
                     return;
                 }
             }
-            Err(RecvTimeoutError::Timeout) if !hung_up(&stream) => {}
+            Err(RecvTimeoutError::Timeout) if !hung_up(stream) => {}
             Err(_) => return,
         }
     }

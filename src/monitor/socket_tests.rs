@@ -9,21 +9,25 @@ use serde_json::Value;
 
 use super::super::event::tests::samples;
 use super::super::subscription::Subscription;
+use super::super::time;
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Events of a test, made by hand.
-struct Fed(Receiver<Event>);
+/// Events of a test, made by hand, and when they were reported.
+struct Fed(Receiver<(u64, Event)>);
+
+/// Later than any subscriber began.
+const LATE: u64 = u64::MAX;
 
 impl Source for Fed {
-    fn poll(&mut self, wait: Duration, sink: &mut dyn FnMut(Event)) -> Result<()> {
+    fn poll(&mut self, wait: Duration, sink: &mut dyn FnMut(u64, Event)) -> Result<()> {
         match self.0.recv_timeout(wait) {
-            Ok(event) => sink(event),
+            Ok((at, event)) => sink(at, event),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the source ran dry"),
         }
-        self.0.try_iter().for_each(sink);
+        self.0.try_iter().for_each(|(at, event)| sink(at, event));
         Ok(())
     }
 }
@@ -39,7 +43,7 @@ fn event(number: u64) -> Event {
     event
 }
 
-fn start(name: &SocketAddr) -> (Server, Sender<Event>) {
+fn start(name: &SocketAddr) -> (Server, Sender<(u64, Event)>) {
     let (sender, receiver) = channel();
     let listener = bind(name).unwrap().unwrap();
     let server = Server::serve(listener, Box::new(Fed(receiver))).unwrap();
@@ -69,7 +73,7 @@ fn everyone_gets_every_event() {
     let mut subscribers: Vec<Subscription> = (0..3).map(|_| subscriber(&name)).collect();
     // They need not have been accepted yet.
     for number in 0..1000 {
-        sender.send(event(number)).unwrap();
+        sender.send((LATE, event(number))).unwrap();
     }
     for subscriber in &mut subscribers {
         assert!(!subscriber.is_server());
@@ -80,7 +84,7 @@ fn everyone_gets_every_event() {
     // One of them leaves, one comes.
     subscribers.remove(0);
     subscribers.push(subscriber(&name));
-    sender.send(event(1000)).unwrap();
+    sender.send((LATE, event(1000))).unwrap();
     for subscriber in &mut subscribers {
         assert_eq!(receive(subscriber), Message::Event(event(1000)));
     }
@@ -112,7 +116,7 @@ fn the_slow_lose_events_and_are_told() {
     let slow = UnixStream::connect_addr(&name).unwrap();
     let mut quick = subscriber(&name);
     for number in 0..COUNT {
-        sender.send(event(number)).unwrap();
+        sender.send((LATE, event(number))).unwrap();
         // The quick one is not held up by the slow one.
         if number % 1000 == 999 {
             for number in number - 999..=number {
@@ -149,7 +153,7 @@ fn stopping_waits_for_nobody_for_long() {
     let mut asleep = UnixStream::connect_addr(&name).unwrap();
     let mut quick = subscriber(&name);
     for number in 0..20_000 {
-        sender.send(event(number)).unwrap();
+        sender.send((LATE, event(number))).unwrap();
         if number % 1000 == 999 {
             (0..1000).for_each(|_| drop(receive(&mut quick)));
         }
@@ -174,7 +178,7 @@ fn who_finds_no_server_becomes_it() {
     let mut first = Subscription::new(name.clone(), Box::new(make)).unwrap();
     assert!(first.is_server());
     let mut second = subscriber(&name);
-    sender.send(event(1)).unwrap();
+    sender.send((LATE, event(1))).unwrap();
     assert_eq!(receive(&mut first), Message::Event(event(1)));
     assert_eq!(receive(&mut second), Message::Event(event(1)));
     // Without a source there is nothing more to be had, and it says why.
@@ -200,17 +204,92 @@ fn another_takes_over() {
     };
     let mut heir = Subscription::new(name.clone(), Box::new(make)).unwrap();
     assert!(!heir.is_server());
-    sender.send(event(1)).unwrap();
+    sender.send((LATE, event(1))).unwrap();
     assert_eq!(receive(&mut heir), Message::Event(event(1)));
     let mut witness = subscriber(&name);
-    sender.send(event(2)).unwrap();
-    next_sender.send(event(3)).unwrap();
+    sender.send((LATE, event(2))).unwrap();
+    next_sender.send((LATE, event(3))).unwrap();
     assert_eq!(receive(&mut witness), Message::Event(event(2)));
     drop(witness);
     server.stop().unwrap();
     assert_eq!(receive(&mut heir), Message::Event(event(2)));
     assert_eq!(receive(&mut heir), Message::Event(event(3)));
     assert!(heir.is_server());
+}
+
+/// Between two servers, one of whose followers is stuck, somebody else comes and reads.
+#[test]
+fn a_newcomer_takes_nothing_from_followers() {
+    const LAST: u64 = 20_000;
+    let name = unique("newcomer");
+    let (server, sender) = start(&name);
+    let stuck = UnixStream::connect_addr(&name).unwrap();
+    thread::sleep(2 * TICK);
+    let (next, receiver) = channel();
+    let source = Arc::new(Mutex::new(Some(receiver)));
+    let subscribe = || {
+        let source = Arc::clone(&source);
+        let make = move || -> Result<Box<dyn Source>> {
+            Ok(Box::new(Fed(source.lock().unwrap().take().unwrap())))
+        };
+        Subscription::new(name.clone(), Box::new(make)).unwrap()
+    };
+    thread::scope(|scope| {
+        let follower = scope.spawn(|| {
+            let mut follower = subscribe();
+            loop {
+                match receive(&mut follower) {
+                    Message::Event(event) if event.time.0 < LAST => {}
+                    other => return (other, receive(&mut follower)),
+                }
+            }
+        });
+        thread::sleep(2 * TICK);
+        // More than a socket holds, not so much at once that the other loses any.
+        for number in 0..8_000 {
+            sender.send((LATE, event(number))).unwrap();
+            if number % 1000 == 999 {
+                thread::sleep(TICK);
+            }
+        }
+        // Reported before the newcomer is there.
+        let reported = (time::monotonic().unwrap(), event(LAST));
+        next.send(reported).unwrap();
+        next.send((LATE, event(LAST + 1))).unwrap();
+        let newcomer = scope.spawn(|| {
+            // Once the server is about to end.
+            thread::sleep(2 * TICK);
+            let mut newcomer = subscribe();
+            receive(&mut newcomer)
+        });
+        server.stop().unwrap();
+        let [last, next] = [0, 1].map(|more| Message::Event(event(LAST + more)));
+        assert_eq!(newcomer.join().unwrap(), next);
+        assert_eq!(follower.join().unwrap(), (last, next));
+    });
+    drop(stuck);
+}
+
+#[test]
+fn each_begins_at_its_own_time() {
+    let name = unique("since");
+    let (server, sender) = start(&name);
+    let before = time::monotonic().unwrap();
+    let mut all: Vec<Subscription> = (0..2)
+        .map(|_| {
+            thread::sleep(Duration::from_millis(1));
+            subscriber(&name)
+        })
+        .collect();
+    let since = all[1].since();
+    for at in [before, since - 1, since] {
+        sender.send((at, event(at))).unwrap();
+    }
+    assert_eq!(receive(&mut all[0]), Message::Event(event(since - 1)));
+    for subscription in &mut all {
+        assert_eq!(receive(subscription), Message::Event(event(since)));
+    }
+    server.stop().unwrap();
 }
 
 #[test]
@@ -233,7 +312,7 @@ fn many_at_once_have_one_server() {
             .collect()
     });
     assert_eq!(all.iter().filter(|one| one.is_server()).count(), 1);
-    sender.send(event(5)).unwrap();
+    sender.send((LATE, event(5))).unwrap();
     for one in &mut all {
         assert_eq!(receive(one), Message::Event(event(5)));
     }

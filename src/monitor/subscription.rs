@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::path::Path;
@@ -16,7 +17,7 @@ use serde_json::Value;
 
 use super::event::Message;
 use super::ring::Ring;
-use super::socket::{Server, bind, is_trusted, name, peer};
+use super::socket::{Server, bind, connect, is_trusted, name, peer};
 use super::{Source, time};
 use crate::error::Refused;
 
@@ -35,9 +36,8 @@ impl Events {
     /// # Errors
     /// [`Refused`]: no permission, or somebody else's process has the events.
     pub fn subscribe(folder: &Path) -> Result<Subscription> {
-        let since = time::monotonic()?;
         let owned = folder.to_owned();
-        let make = move || -> Result<Box<dyn Source>> { Ok(Box::new(Ring::open(&owned, since)?)) };
+        let make = move || -> Result<Box<dyn Source>> { Ok(Box::new(Ring::open(&owned)?)) };
         Subscription::new(name(folder)?, Box::new(make))
     }
 }
@@ -45,10 +45,13 @@ impl Events {
 type Make = Box<dyn Fn() -> Result<Box<dyn Source>> + Send>;
 
 /// Events one after the other, without end. If the process that had them ends, another one takes
-/// its place, maybe this one; of those reported meanwhile none is missing.
+/// its place, maybe this one; of those reported meanwhile none is missing to who reads on.
 pub struct Subscription {
     name: SocketAddr,
     make: Make,
+    /// When it began, in nanoseconds of CLOCK_MONOTONIC: it is to have what is reported from then on,
+    /// whoever reads that.
+    since: u64,
     stream: UnixStream,
     /// What was read of the next line.
     begun: Vec<u8>,
@@ -59,10 +62,12 @@ pub struct Subscription {
 
 impl Subscription {
     pub(super) fn new(name: SocketAddr, make: Make) -> Result<Subscription> {
-        let (stream, server) = join(&name, &make)?;
+        let since = time::monotonic()?;
+        let (stream, server) = join(&name, since, &make)?;
         Ok(Subscription {
             name,
             make,
+            since,
             stream,
             begun: Vec::new(),
             lines: VecDeque::new(),
@@ -73,6 +78,11 @@ impl Subscription {
     /// Whether this process is the consumer.
     pub fn is_server(&self) -> bool {
         self.server.is_some()
+    }
+
+    #[cfg(test)]
+    pub(super) fn since(&self) -> u64 {
+        self.since
     }
 
     /// The next message as JSON: what [`Message::from_json`] reads. `None` after `wait`, if that
@@ -129,10 +139,13 @@ impl Subscription {
 
     fn rejoin(&mut self) -> Result<()> {
         if let Some(server) = self.server.take() {
+            // It waits for all to hang up.
+            drop(self.stream.shutdown(Shutdown::Both));
             server.stop()?;
         }
         self.begun.clear();
-        (self.stream, self.server) = join(&self.name, &self.make)?;
+        // The stream before that ends only then, and so the server's wait for this one.
+        (self.stream, self.server) = join(&self.name, self.since, &self.make)?;
         Ok(())
     }
 }
@@ -152,11 +165,11 @@ impl Iterator for Subscription {
 }
 
 /// Connects to the server, or to one of its own. Of two that try at once, the one that binds is it.
-fn join(name: &SocketAddr, make: &Make) -> Result<(UnixStream, Option<Server>)> {
+fn join(name: &SocketAddr, since: u64, make: &Make) -> Result<(UnixStream, Option<Server>)> {
     const CONNECT: &str = "connect to the reader of events";
     let start = Instant::now();
     loop {
-        match UnixStream::connect_addr(name) {
+        match connect(name, since) {
             Ok(stream) => {
                 check(&stream)?;
                 return Ok((stream, None));
@@ -166,7 +179,7 @@ fn join(name: &SocketAddr, make: &Make) -> Result<(UnixStream, Option<Server>)> 
         }
         if let Some(listener) = bind(name)? {
             // Connected before it begins, we miss nothing of what it finds.
-            let stream = UnixStream::connect_addr(name).context(CONNECT)?;
+            let stream = connect(name, since).context(CONNECT)?;
             let server = Server::serve(listener, make()?)?;
             return Ok((stream, Some(server)));
         }

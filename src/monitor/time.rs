@@ -3,9 +3,11 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
-use nix::time::{ClockId, clock_gettime};
+
+use crate::engine::sys;
 
 const SECOND: u64 = 1_000_000_000;
 const DAY: u64 = 86_400;
@@ -104,7 +106,7 @@ impl Clock {
     /// No such clocks.
     pub fn new() -> Result<Clock> {
         let before = monotonic()?;
-        let real = read(ClockId::CLOCK_REALTIME)?;
+        let real = real()?;
         let after = monotonic()?;
         Ok(Clock {
             offset: real.saturating_sub(before + (after - before) / 2),
@@ -122,13 +124,16 @@ impl Clock {
 /// # Errors
 /// No such clock.
 pub fn monotonic() -> Result<u64> {
-    read(ClockId::CLOCK_MONOTONIC)
+    nanoseconds(sys::monotonic().context("read the clock")?)
 }
 
-fn read(clock: ClockId) -> Result<u64> {
-    let time = clock_gettime(clock).context("read a clock")?;
-    let part = |value: i64| u64::try_from(value).unwrap_or(0);
-    Ok(part(time.tv_sec()) * SECOND + part(time.tv_nsec()))
+fn real() -> Result<u64> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    nanoseconds(now.unwrap_or_default())
+}
+
+fn nanoseconds(time: Duration) -> Result<u64> {
+    u64::try_from(time.as_nanos()).context("a time too late")
 }
 
 #[cfg(test)]
@@ -183,7 +188,7 @@ mod tests {
     fn monotonic_to_real() {
         let clock = Clock::new().unwrap();
         let now = clock.time(monotonic().unwrap());
-        let real = Time(read(ClockId::CLOCK_REALTIME).unwrap());
+        let real = Time(super::real().unwrap());
         assert!(now.0.abs_diff(real.0) < SECOND, "{now} {real}");
     }
 }

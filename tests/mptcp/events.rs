@@ -346,7 +346,16 @@ fn following_ends() {
         output.status.code()
     };
     assert_eq!(quiet(&["--timeout", "50ms"]), Some(0));
-    assert_eq!(quiet(&["--timeout", "50ms", "--count", "1"]), Some(1));
+    let few = ["events", "--timeout", "50ms", "--count", "2"];
+    let message = environment.fails(Role::Client, 1, &few);
+    says(
+        &message,
+        &["0 of 2 events came", "--timeout", "allow more time"],
+    );
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let follower = Follower::start(&environment, Role::Client, &[]);
+        assert_eq!(follower.end(signal), Some(0), "{signal}");
+    }
     let mut command = environment.command(Role::Client, &["events", "--count", "7"]);
     let people = command
         .stdout(std::process::Stdio::piped())

@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use policy_chain::testbed::Role;
 use serde_json::Value;
 
@@ -59,6 +61,12 @@ impl Follower {
             let seen = events.iter().filter(|it| it["event"] == kind).count();
             (seen >= count).then_some(())
         });
+    }
+
+    /// By a signal that it heeds; its exit code.
+    pub fn end(mut self, signal: Signal) -> Option<i32> {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+        self.child.wait().unwrap().code()
     }
 
     /// By SIGKILL.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use policy_chain::engine::apply;
 use policy_chain::engine::store::Store;
+use policy_chain::engine::{sys, wanted};
 use policy_chain::netns::Namespace;
 use policy_chain::testbed::Role;
 use serde_json::{Value, json};
@@ -270,7 +271,10 @@ fn reattaching_is_idempotent() {
     let environment = Environment::direct();
     let server = environment.namespace(Role::Server);
     let within = |work: &(dyn Fn() + Sync)| server.enter(work).unwrap();
-    let needs = || apply::needs_reattach(&Store::open(environment.folder()).unwrap()).unwrap();
+    let needs = || {
+        let store = Store::open(environment.folder()).unwrap();
+        !wanted::missing(&store).unwrap().is_empty()
+    };
     within(&|| assert!(!needs(), "without anything applied"));
     make(&environment, 1, "d1");
     let both = [
@@ -305,17 +309,132 @@ fn reattaching_is_idempotent() {
     assert_eq!(devices(&environment, "b"), ["d1", "lo"]);
 }
 
+/// Has an attachment look as if another build had made it.
+fn disguise(store: &Store) {
+    for attachment in store.attachments().unwrap() {
+        let record = sys::open_pin(&attachment.generation().join("record")).unwrap();
+        let record = sys::map_read_bytes(&record).unwrap();
+        let mut record: Value = serde_json::from_slice(&record).unwrap();
+        record["made_from"]["program"] = "another".into();
+        store
+            .replace_record(&attachment.folder, attachment.number, &record)
+            .unwrap();
+    }
+}
+
+/// What another build of the program attached stays when a device comes; `apply` replaces it.
+#[test]
+fn an_agent_leaves_the_programs_of_another_build() {
+    let environment = Environment::direct();
+    let server = environment.namespace(Role::Server);
+    make(&environment, 1, "d1");
+    let chains = file(&[chain("t", &["d*"], "xdp", "auto")]);
+    environment.apply(Role::Server, &chains);
+    server
+        .enter(|| disguise(&Store::lock(environment.folder()).unwrap()))
+        .unwrap();
+    make(&environment, 2, "d2");
+    let generation = |device: &str| {
+        let listed = environment.listed(Role::Server, "t");
+        let places = listed["attach"].as_array().unwrap().clone();
+        let place = places.into_iter().find(|place| place["device"] == device);
+        place.unwrap()["generation"].clone()
+    };
+    server
+        .enter(|| {
+            let store = Store::lock(environment.folder()).unwrap();
+            let report = apply::reattach(&store).unwrap();
+            assert_eq!((report.attached.len(), report.attachments.len()), (1, 1));
+        })
+        .unwrap();
+    assert_eq!((generation("d1"), generation("d2")), (json!(1), json!(1)));
+    environment.apply(Role::Server, &chains);
+    assert_eq!((generation("d1"), generation("d2")), (json!(2), json!(1)));
+}
+
+/// The folder goes with the last chain, whoever waits for its lock.
+#[test]
+fn a_folder_may_go_while_commands_wait_for_it() {
+    let environment = Environment::direct();
+    let chains = environment.file("t.json", &file(&[chain("t", &["path1"], "xdp", "auto")]));
+    let repeat = |arguments: &[&str]| {
+        for _ in 0..10 {
+            environment.ok(Role::Server, arguments);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| repeat(&["apply", &chains]));
+            scope.spawn(|| repeat(&["delete", "--all"]));
+        }
+    });
+    environment.ok(Role::Server, &["delete", "--all"]);
+    assert!(!environment.folder().exists());
+}
+
+/// One change for all, though one of them cannot be had.
+#[test]
+fn many_devices_come_at_once() {
+    const COUNT: u8 = 20;
+    let environment = Environment::direct();
+    let server = environment.namespace(Role::Server);
+    environment.apply(Role::Server, &file(&[chain("t", &["d*"], "xdp", "auto")]));
+    for number in 1..=COUNT {
+        make(&environment, number, &format!("d{number}"));
+    }
+    let reattach = || {
+        let store = Store::lock(environment.folder()).unwrap();
+        let start = Instant::now();
+        (apply::reattach(&store).unwrap(), start.elapsed())
+    };
+    let (report, took) = server.enter(reattach).unwrap();
+    assert_eq!(report.attached.len(), usize::from(COUNT), "{report:?}");
+    assert_eq!(report.attachments.len(), usize::from(COUNT), "{report:?}");
+    assert_eq!(devices(&environment, "t").len(), usize::from(COUNT));
+    // One more, with all the others there.
+    remove(&environment, "d1");
+    make(&environment, 1, "d1");
+    let (report, one) = server.enter(reattach).unwrap();
+    assert_eq!(report.attached.len(), 1, "{report:?}");
+    assert!(took < 8 * one, "{took:?}, {one:?}");
+    // One of several is taken.
+    let other = BpfFolder::new();
+    for number in [3, 4, 5] {
+        remove(&environment, &format!("d{number}"));
+        make(&environment, number, &format!("d{number}"));
+    }
+    let foreign = file(&[chain("foreign", &["d4"], "xdp", "auto")]);
+    let mut command = server.command(PROGRAM);
+    command.arg("--bpffs").arg(other.path()).arg("apply");
+    command.arg(environment.file("foreign.json", &foreign));
+    succeeded("apply", &command.output().unwrap());
+    let (report, _) = server.enter(reattach).unwrap();
+    let mut attached: Vec<&str> = report.attached.iter().map(|it| it.1.as_str()).collect();
+    attached.sort();
+    assert_eq!(attached, ["d3", "d5"]);
+    let failed: Vec<&str> = report
+        .failures
+        .iter()
+        .map(|it| it.device.as_str())
+        .collect();
+    assert_eq!(failed, ["d4"]);
+}
+
 /// What waits for a device counts as there: by names, for what it uses, and for `--prune`.
 #[test]
 fn absent_chains_are_chains() {
     let environment = Environment::direct();
     let mut waiting = chain("waiting", &["no*"], "xdp", "auto");
     waiting["selectors"] = json!([{ "selector": "service", "set": "ports" }]);
+    waiting["actions"] = json!([{ "action": "learn", "set": "seen" }]);
     waiting["then"] = json!({ "goto": "sub" });
     let sub = json!({ "name": "sub", "then": "drop" });
     let content = json!({
         "version": 1,
-        "sets": { "ports": { "kind": "port", "size": 5 } },
+        "sets": {
+            "ports": { "kind": "port", "size": 5 },
+            "seen": { "kind": "flow", "size": 5 },
+        },
         "chains": [waiting, sub],
     });
     environment.apply(Role::Server, &content);
@@ -328,6 +447,15 @@ fn absent_chains_are_chains() {
     let nothing = environment.file("nothing.json", &file(&[]));
     let message = environment.fails(Role::Client, 1, &["apply", "--prune", &nothing]);
     says(&message, &["is in use", "waiting", "waits for a device"]);
+    for kept in ["ports", "seen"] {
+        let mut rest = content.clone();
+        rest["sets"] = json!({ kept: content["sets"][kept] });
+        rest["chains"] = json!([content["chains"][1]]);
+        let rest = environment.file("rest.json", &rest);
+        let message = environment.fails(Role::Client, 1, &["apply", "--prune", &rest]);
+        let gone = if kept == "seen" { "ports" } else { "seen" };
+        says(&message, &["the set", gone, "waits for a device"]);
+    }
     environment.ok(Role::Client, &["delete", "--all"]);
     assert_eq!(
         environment.listed(Role::Server, "waiting")["attach"],

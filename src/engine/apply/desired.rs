@@ -230,7 +230,9 @@ impl Desired {
                 if let Some(name) = targets(chain).find(gone) {
                     return Err(awaited_elsewhere("chain", name, chain, *namespace));
                 }
-                let mut used = chain.selectors.iter().filter_map(|s| s.keys.set());
+                let keys = chain.selectors.iter().map(|selector| &selector.keys);
+                let keys = keys.chain(chain.actions.iter().map(|action| &action.keys));
+                let mut used = keys.filter_map(|keys| keys.set());
                 if let Some(name) = used.find(|name| !self.sets.contains_key(*name)) {
                     return Err(awaited_elsewhere("set", name, chain, *namespace));
                 }

@@ -34,6 +34,8 @@ pub struct Options<'a> {
     pub carrier: Option<CarrierChoice>,
     /// Told how many nodes are loaded, and of how many.
     pub progress: Option<&'a dyn Fn(usize, usize)>,
+    /// Leave running what another build made of the same chains.
+    pub keep_programs: bool,
 }
 
 /// What happens to a chain or a set.
@@ -187,47 +189,71 @@ pub fn apply(store: &Store, files: &Spec, options: Options<'_>) -> Result<Report
     Ok(report)
 }
 
-/// Whether chains shall run at devices that are there and lack them. Cheap, and needs no lock.
-///
-/// # Errors
-/// No permission, or a state that cannot be read.
-pub fn needs_reattach(store: &Store) -> Result<bool> {
-    Ok(!wanted::missing(store)?.is_empty())
-}
-
 /// Attaches chains wherever they shall run and do not: at devices that came back, and at new ones
-/// that a pattern matches. Each place by itself: what fails is in the report, and changes nothing.
+/// that a pattern matches. What fails is in the report, changes nothing, and keeps no other place
+/// waiting. What runs elsewhere stays, though another build made it.
 ///
 /// # Errors
 /// What is kept cannot be read.
 pub fn reattach(store: &Store) -> Result<Report> {
+    reattach_after(store, &BTreeSet::new())
+}
+
+/// As [`reattach`], where some places have just failed (interface index and hook): those come last,
+/// one by one.
+///
+/// # Errors
+/// As [`reattach`].
+pub fn reattach_after(store: &Store, failed: &BTreeSet<(u32, Hook)>) -> Result<Report> {
     let mut report = Report::default();
-    for missing in wanted::missing(store)? {
-        match reattach_at(store, &missing) {
-            Ok(done) => report.absorb(done),
-            Err(error) => report.failures.push(Failure {
-                device: missing.place.device,
-                hook: missing.place.hook,
-                why: format!("{error:#}"),
-            }),
-        }
+    let (doubtful, fresh): (Vec<Missing>, Vec<Missing>) = wanted::missing(store)?
+        .into_iter()
+        .partition(|at| failed.contains(&(at.place.ifindex, at.place.hook)));
+    reattach_all(store, &fresh, &mut report);
+    for one in doubtful.chunks(1) {
+        reattach_all(store, one, &mut report);
     }
     Ok(report)
 }
 
-fn reattach_at(store: &Store, missing: &Missing) -> Result<Report> {
+/// All places by one change: each looks at everything that runs. If it fails, by halves, down to
+/// the places that fail.
+fn reattach_all(store: &Store, missing: &[Missing], report: &mut Report) {
+    if missing.is_empty() {
+        return;
+    }
+    match (reattach_at(store, missing), missing) {
+        (Ok(done), _) => report.absorb(done),
+        (Err(error), [one]) => report.failures.push(Failure {
+            device: one.place.device.clone(),
+            hook: one.place.hook,
+            why: format!("{error:#}"),
+        }),
+        (Err(_), _) => {
+            let (first, second) = missing.split_at(missing.len() / 2);
+            reattach_all(store, first, report);
+            reattach_all(store, second, report);
+        }
+    }
+}
+
+fn reattach_at(store: &Store, missing: &[Missing]) -> Result<Report> {
     let current = Current::read(store)?;
     let mut desired = Desired::keep(&current, |_| true)?;
-    for chain in &missing.chains {
-        desired.add_place(chain, &missing.place);
+    let mut attached = Vec::new();
+    for at in missing {
+        for chain in &at.chains {
+            desired.add_place(chain, &at.place);
+            attached.push((chain.name.clone(), at.place.device.clone(), at.place.hook));
+        }
     }
     desired.check()?;
-    let mut report = Transaction::new(store, current, desired, Options::default())?.run(false)?;
-    let (device, hook) = (&missing.place.device, missing.place.hook);
-    let attached = missing.chains.iter();
-    report.attached = attached
-        .map(|chain| (chain.name.clone(), device.clone(), hook))
-        .collect();
+    let options = Options {
+        keep_programs: true,
+        ..Options::default()
+    };
+    let mut report = Transaction::new(store, current, desired, options)?.run(false)?;
+    report.attached = attached;
     report
         .attachments
         .retain(|(.., change)| *change != Change::Unchanged);
@@ -331,6 +357,6 @@ fn set_names_chain(store: &Store, set: &str, id: u32) -> Result<bool> {
     let entries = sys::map_dump(store.set(set)?).with_context(|| format!("read the set {set}"))?;
     let named = entries
         .iter()
-        .any(|(_, value)| sets::element_chain(value) == Some(id));
+        .any(|(_, value)| sets::element_chain(value) == Some(id) && !sets::has_expired(value));
     Ok(named)
 }

@@ -187,7 +187,7 @@ impl<'a> Transaction<'a> {
         };
         let change = match &old {
             None => Change::Create,
-            Some(old) if old.record.made_from == made_from && old.record.mode == mode => {
+            Some(old) if self.is_as_made(old, &made_from) && old.record.mode == mode => {
                 Change::Unchanged
             }
             Some(_) => Change::Replace,
@@ -203,6 +203,18 @@ impl<'a> Transaction<'a> {
             new: None,
             done: None,
         })
+    }
+
+    /// Whether what runs was made from the same.
+    fn is_as_made(&self, old: &Attachment, made_from: &Value) -> bool {
+        if !self.options.keep_programs {
+            return old.record.made_from == *made_from;
+        }
+        let mut recorded = old.record.made_from.clone();
+        if let Some(program) = recorded.get_mut("program") {
+            *program = made_from["program"].clone();
+        }
+        recorded == *made_from
     }
 
     /// The named sets that a graph looks packets up in.

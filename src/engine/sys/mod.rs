@@ -21,6 +21,9 @@ use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
 
 pub use clsact::{clsact_attach, clsact_detach, clsact_query};
 pub use device::{device_driver, device_index, device_mtu, device_name, device_type, packet_send};
@@ -46,6 +49,11 @@ const ENOTSUPP: i32 = 524;
 /// Bytes of libbpf messages kept for one thread; of more, the end is kept, where the verifier says
 /// what it refused.
 const LOG_MAX: usize = 1 << 20;
+
+/// Now, by CLOCK_MONOTONIC: the clock of all times that programs and maps keep.
+pub fn monotonic() -> io::Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_MONOTONIC)?.into())
+}
 
 thread_local! {
     static LOG: RefCell<String> = const { RefCell::new(String::new()) };

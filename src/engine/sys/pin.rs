@@ -100,7 +100,17 @@ fn mount(path: &Path) -> io::Result<()> {
 #[derive(Debug)]
 pub struct FolderLock {
     /// Open, it holds the lock.
-    _folder: File,
+    folder: File,
+}
+
+impl FolderLock {
+    /// Whether the folder locked is the one at `path`: it may have been removed, and be another's.
+    pub fn is_at(&self, path: &Path) -> io::Result<bool> {
+        match is_at(&self.folder, path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            result => result,
+        }
+    }
 }
 
 /// Locks a folder against other processes and threads that lock it (`flock`; regular files, and so
@@ -115,7 +125,7 @@ pub fn lock_folder(path: &Path, wait: Duration) -> io::Result<FolderLock> {
             .open(path)?;
         match try_lock(&folder) {
             // Who held it may have removed the folder, and another one may be there now.
-            Ok(()) if is_at(&folder, path)? => return Ok(FolderLock { _folder: folder }),
+            Ok(()) if is_at(&folder, path)? => return Ok(FolderLock { folder }),
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let left = wait.saturating_sub(start.elapsed());
