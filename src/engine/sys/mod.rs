@@ -30,10 +30,10 @@ pub use link::{
     link_info, link_update, links, tcx_link_create, xdp_attached, xdp_link_create,
 };
 pub use map::{
-    BatchError, Entries, FROZEN_BYTES_MAX, MapInfo, MapKeys, PercpuArray, map_by_id, map_create,
-    map_create_frozen_bytes, map_create_outer, map_delete, map_dump, map_entries, map_info,
-    map_keys, map_lookup, map_read_bytes, map_update, map_update_batch, maps, percpu_lookup,
-    percpu_read, percpu_zero, possible_cpus, wait_rcu,
+    BatchError, Entries, FROZEN_BYTES_MAX, MapInfo, MapKeys, MapWalk, PercpuArray, map_by_id,
+    map_create, map_create_frozen_bytes, map_create_outer, map_delete, map_dump, map_entries,
+    map_info, map_keys, map_lookup, map_read_bytes, map_update, map_update_batch, maps,
+    percpu_lookup, percpu_read, percpu_zero, possible_cpus, wait_rcu,
 };
 pub use pin::{FolderLock, ensure_bpffs, is_bpffs, lock_folder, mount_bpffs, open_pin, pin, unpin};
 pub use prog::{
