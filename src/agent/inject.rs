@@ -23,12 +23,11 @@ use crate::engine::bpf::{bytes_of, value_of};
 use crate::engine::store::{Attachment, Store};
 use crate::engine::sys;
 use crate::hook::Hook;
-use crate::monitor::connections::{self, SUBFLOWS};
+use crate::monitor::connections;
 use crate::netns;
+use crate::policy::btf::{ACKS, HELD, SUBFLOWS};
 use crate::spec::Mode;
 
-const ACKS: &str = "pcd_acks";
-const HELD: &str = "pcd_held";
 /// The action that waits for its time.
 const RESTORE: &str = "restore_add_addr";
 
