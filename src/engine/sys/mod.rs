@@ -23,7 +23,9 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 pub use clsact::{clsact_attach, clsact_detach, clsact_query};
-pub use device::{device_driver, device_index, device_mtu, device_name, device_type, packet_send};
+pub use device::{
+    device_driver, device_index, device_mtu, device_name, device_set_feature, device_type,
+};
 pub use libbpf_rs::{MapType, ProgramType};
 pub use link::{
     Attached, AttachedMode, LinkInfo, LinkKind, TcDirection, XdpMode, link_by_id, link_detach,
@@ -37,7 +39,8 @@ pub use map::{
 };
 pub use pin::{FolderLock, ensure_bpffs, is_bpffs, lock_folder, mount_bpffs, open_pin, pin, unpin};
 pub use prog::{
-    Ids, ProgInfo, TestRun, prog_by_id, prog_info, programs, receive, test_run, xdp_pass_load,
+    Ids, ProgInfo, TestRun, prog_by_id, prog_info, programs, receive, receive_packet,
+    tc_receive_load, test_run, xdp_pass_load,
 };
 
 /// `ENOTSUPP` of the kernel's own headers, which some BPF operations leak to user space.
