@@ -22,7 +22,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use policy_chain::agent::{self, inject::Injector};
+use policy_chain::agent::{self, Failures, inject::Injector};
 use policy_chain::engine::apply::{self, Options};
 use policy_chain::engine::sets::NamedSet;
 use policy_chain::engine::store::{DEFAULT_FOLDER, Store};
@@ -129,6 +129,7 @@ struct Scheduler {
     /// Flows in the set, with what is asked for them.
     asked: HashMap<Flow, bool>,
     injector: Injector,
+    failures: Failures,
 }
 
 impl Scheduler {
@@ -137,6 +138,7 @@ impl Scheduler {
             choices: HashMap::new(),
             asked: HashMap::new(),
             injector: Injector::new(folder),
+            failures: Failures::default(),
         }
     }
 
@@ -187,8 +189,12 @@ impl Scheduler {
             .collect();
         set.add(&new)?;
         self.asked = wanted;
-        if !self.asked.is_empty() {
-            self.injector.wake(store, self.asked.keys().copied())?;
+        if self.asked.is_empty() {
+            return Ok(());
+        }
+        // A path that cannot be woken is no reason to leave the others alone.
+        if let Err(error) = self.injector.wake(store, self.asked.keys().copied()) {
+            self.failures.say(&format!("{error:#}"));
         }
         Ok(())
     }

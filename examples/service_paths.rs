@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use policy_chain::agent::{self, inject::Injector};
+use policy_chain::agent::{self, Failures, inject::Injector};
 use policy_chain::engine::apply::{self, Options};
 use policy_chain::engine::store::{DEFAULT_FOLDER, Store};
 use policy_chain::monitor::{Events, Message};
@@ -72,8 +72,12 @@ pub fn run(
 fn follow(folder: &Path, stop: &AtomicBool) -> Result<()> {
     let mut events = Events::subscribe(folder)?;
     let mut injector = Injector::new(folder);
+    let mut failures = Failures::default();
     while !stop.load(Ordering::Relaxed) {
-        injector.look(&Store::open(folder)?)?;
+        // A path that cannot be woken is no reason to leave the others alone.
+        if let Err(error) = injector.look(&Store::open(folder)?) {
+            failures.say(&format!("{error:#}"));
+        }
         if let Some(event) = events.receive(Some(Duration::from_millis(200)))? {
             println!("{}", Message::from_json(&event)?);
         }

@@ -6,6 +6,7 @@
 //! `/sys/class/net` and `/proc/net` keep showing the caller's namespace: read
 //! `/proc/thread-self/net` instead. `/proc/sys/net` follows the calling thread.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Seek, Write};
@@ -107,9 +108,30 @@ pub fn is_alive(inode: u64) -> bool {
     let Ok(processes) = fs::read_dir("/proc") else {
         return true;
     };
-    processes
-        .filter_map(|process| fs::read_link(process.ok()?.path().join("ns/net")).ok())
-        .any(|link| link.as_os_str() == OsStr::new(&name))
+    // Of each namespace that processes say they are in, one of them; and those that do not say.
+    let mut others = HashMap::new();
+    let mut silent = Vec::new();
+    for process in processes.filter_map(|process| Some(process.ok()?.path())) {
+        match fs::read_link(process.join("ns/net")) {
+            Ok(link) if link.as_os_str() == OsStr::new(&name) => return true,
+            Ok(link) => drop(others.insert(link, process)),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => silent.push(process),
+            // It has ended, or is no process.
+            Err(_) => {}
+        }
+    }
+    let others: HashSet<u64> = others
+        .values()
+        .filter_map(|process| net_file(process))
+        .collect();
+    let mut silent = silent.iter().filter_map(|process| net_file(process));
+    silent.any(|file| !others.contains(&file))
+}
+
+/// The inode of a file that each network namespace has one of, seen through a process in it: to be
+/// had also where the name of its namespace is not.
+fn net_file(process: &Path) -> Option<u64> {
+    Some(fs::metadata(process.join("net/dev")).ok()?.ino())
 }
 
 /// An open named network namespace. Clones share one descriptor.
@@ -568,6 +590,31 @@ mod tests {
             .unwrap();
         let port = format!(":{:04X} ", listener.local_addr().unwrap().port());
         assert!(table.contains(&port), "{table}");
+    }
+
+    #[test]
+    fn namespaces_of_others_are_alive() {
+        /// Runs it on a thread of a user who may not see where root's processes are.
+        fn as_nobody<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+            const NOBODY: libc::uid_t = 65534;
+            let inside = || {
+                // SAFETY: integers only; unlike the function of libc it is for this thread only.
+                let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+                assert_eq!(result, 0);
+                Ok(f())
+            };
+            on_thread("nobody", inside).unwrap()
+        }
+        let scoped = Scoped::new("alive");
+        let inode = scoped.0.id();
+        assert!(is_alive(inode));
+        let mut process = scoped.0.command("sleep").arg("60").spawn().unwrap();
+        Namespace::remove(scoped.0.name()).unwrap();
+        let alive = [is_alive(inode), as_nobody(|| is_alive(inode))];
+        process.kill().unwrap();
+        process.wait().unwrap();
+        assert_eq!(alive, [true; 2]);
+        assert!(is_alive(current_id().unwrap()));
     }
 
     #[test]

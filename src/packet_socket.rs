@@ -31,14 +31,53 @@ pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 
 /// Receives nothing before it is bound to a device and a protocol.
 pub(crate) fn open() -> Result<OwnedFd> {
-    let (family, flags) = (AddressFamily::Packet, SockFlag::SOCK_CLOEXEC);
-    socket(family, SockType::Raw, flags, None).map_err(|error| match error {
+    raw().map_err(|error| match error {
         nix::Error::EPERM => {
             let advice = "run as root, or with CAP_NET_RAW and CAP_NET_ADMIN";
             Refused::denied("a packet socket cannot be opened", error, advice).into()
         }
         _ => anyhow!(error).context("opening a packet socket"),
     })
+}
+
+fn raw() -> nix::Result<OwnedFd> {
+    let (family, flags) = (AddressFamily::Packet, SockFlag::SOCK_CLOEXEC);
+    socket(family, SockType::Raw, flags, None)
+}
+
+/// What a socket is bound to, or sends to. The protocol is `ETH_P_*`.
+fn address(index: u32, protocol: u16) -> libc::sockaddr_ll {
+    // SAFETY: all-zero bytes are a valid `sockaddr_ll`.
+    let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = protocol.to_be();
+    address.sll_ifindex = index as libc::c_int;
+    address
+}
+
+/// Sends one frame from a device, link header first where the device has one. The protocol is what
+/// stands behind that.
+///
+/// `ENETDOWN`: the device is down; `ENOBUFS`: it was dropped, by a full queue or a TC program;
+/// `ENXIO`: no such device.
+pub(crate) fn send(index: u32, protocol: u16, frame: &[u8]) -> io::Result<()> {
+    let socket = raw()?;
+    let address = address(index, protocol);
+    // SAFETY: both buffers are live, and their lengths are given.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const address).cast(),
+            mem::size_of_val(&address) as libc::socklen_t,
+        )
+    };
+    match sent < 0 {
+        true => Err(io::Error::last_os_error()),
+        false => Ok(()),
+    }
 }
 
 pub(crate) fn set_option<T>(
@@ -62,17 +101,13 @@ pub(crate) fn set_option<T>(
 }
 
 pub(crate) fn bind(socket: &OwnedFd, index: u32, protocol: u16) -> Result<()> {
-    // SAFETY: all-zero bytes are a valid `sockaddr_ll`.
-    let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = protocol.to_be();
-    address.sll_ifindex = index as libc::c_int;
+    let address = address(index, protocol);
     // SAFETY: the address outlives the call, and the length is its own.
     let result = unsafe {
         libc::bind(
             socket.as_raw_fd(),
             (&raw const address).cast(),
-            mem::size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+            mem::size_of_val(&address) as libc::socklen_t,
         )
     };
     check(result).context("binding a packet socket")?;

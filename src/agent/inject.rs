@@ -5,71 +5,132 @@
 //! duplicate; what the chain makes of it is up to the chain.
 //!
 //! Frames that come in are run through the attached XDP program, or through one that lets them
-//! pass, as if the device had received them (`BPF_F_TEST_XDP_LIVE_FRAMES`). Frames that go out
-//! are sent from the device.
+//! pass, as if the device had received them (`BPF_F_TEST_XDP_LIVE_FRAMES`). Where packets have no
+//! link header, a TC program has the device receive them. Frames that go out are sent from the
+//! device.
+//!
+//! What a device that is down does not take is lost, as on a wire, and tried again. No frame keeps
+//! another one waiting.
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 
-use super::{Duty, log};
+use super::{Duty, Failures};
 use crate::engine::bpf::types::{ack_key, held_options, saved_ack, subflow, subflow_flags};
 use crate::engine::bpf::{bytes_of, value_of};
-use crate::engine::store::{Attachment, Store};
+use crate::engine::store::{Attachment, Stamp, Store};
 use crate::engine::sys;
 use crate::hook::Hook;
-use crate::monitor::connections::{self, SUBFLOWS};
+use crate::monitor::connections;
 use crate::netns;
+use crate::packet_socket;
+use crate::policy::btf::{ACKS, HELD, SUBFLOWS};
 use crate::spec::Mode;
 
-const ACKS: &str = "pcd_acks";
-const HELD: &str = "pcd_held";
 /// The action that waits for its time.
 const RESTORE: &str = "restore_add_addr";
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_millis(150);
+/// Between two searches for chains to look at, while none seem to come or go, and for saved headers
+/// of subflows that are over.
+const SEARCH: Duration = Duration::from_secs(5);
 /// A subflow without packets for so long is idle.
 const IDLE: Duration = Duration::from_millis(100);
 /// How often a subflow is woken for a generation that is new, and at least how far apart.
 const TRIES: u32 = 3;
 const APART: Duration = Duration::from_millis(300);
+/// How often that time doubles while frames are lost.
+const DOUBLINGS: u32 = 3;
 const TCP: u8 = 6;
 const ACK: u8 = 0x10;
 /// What is remembered of what was woken; beyond, it is forgotten, and some are woken again.
 const MEMORY: usize = 1 << 16;
 
-/// What was done for one end's packets at one generation.
+/// One end's packets at one generation: network namespace, interface index, hook, number of the
+/// generation, key of the saved headers.
+type End = (u64, u32, Hook, u64, Vec<u8>);
+
+/// What was done for an [`End`].
 struct Woken {
     times: u32,
+    /// Frames lost since one was sent.
+    lost: u32,
     last: Instant,
+}
+
+impl Woken {
+    /// When it may be woken again.
+    fn next(&self) -> Instant {
+        self.last + APART * (1 << self.lost.min(DOUBLINGS))
+    }
+}
+
+/// The chains of a network namespace that wait for packets, as they were found.
+struct Found {
+    netns: u64,
+    /// None if they may have changed since.
+    stamp: Option<Stamp>,
+    at: Instant,
+    waiting: Vec<Waiting>,
+}
+
+/// A hook whose chains wait for packets.
+struct Waiting {
+    netns: u64,
+    ifindex: u32,
+    hook: Hook,
+    number: u64,
+    /// For messages.
+    device: String,
+    /// The entry program, where frames are run through it.
+    entry: Option<PathBuf>,
+    acks: OwnedFd,
+    subflows: OwnedFd,
+    /// If something waits for its time.
+    held: Option<OwnedFd>,
+}
+
+/// What came of a look.
+#[derive(Default)]
+struct Outcome {
+    sent: usize,
+    /// The first failure.
+    failed: Option<Error>,
+}
+
+impl Outcome {
+    fn fail(&mut self, error: Error) {
+        self.failed.get_or_insert(error);
+    }
 }
 
 /// The duty to wake what is idle; see the module.
 pub struct Injector {
     folder: PathBuf,
-    woken: HashMap<(u64, u32, Hook, u64, Vec<u8>), Woken>,
+    woken: HashMap<End, Woken>,
     /// Flows to wake in any case, by both ends.
     asked: HashSet<[SocketAddr; 2]>,
+    found: Option<Found>,
     /// Lets every frame pass; loaded when it is needed.
     pass: Option<OwnedFd>,
-    /// What went wrong at the last look, to be said once.
-    failed: Option<String>,
+    /// Has a device receive; likewise.
+    receive: Option<OwnedFd>,
+    failures: Failures,
 }
 
 impl Duty for Injector {
     fn run(&mut self) -> Duration {
         let looked = Store::open(&self.folder).and_then(|store| self.look(&store));
-        let failed = looked
-            .err()
-            .map(|error| format!("cannot wake subflows: {error:#}"));
-        if failed != self.failed {
-            failed.iter().for_each(|why| log(why));
-            self.failed = failed;
+        if let Err(error) = looked {
+            self.failures
+                .say(&format!("cannot wake subflows: {error:#}"));
         }
         INTERVAL
     }
@@ -81,8 +142,10 @@ impl Injector {
             folder: folder.to_owned(),
             woken: HashMap::new(),
             asked: HashSet::new(),
+            found: None,
             pass: None,
-            failed: None,
+            receive: None,
+            failures: Failures::default(),
         }
     }
 
@@ -90,7 +153,7 @@ impl Injector {
     /// for who has changed what chains do to them, by a set. The order of the ends does not matter.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// As [`Injector::look`].
     pub fn wake(
         &mut self,
         store: &Store,
@@ -106,88 +169,128 @@ impl Injector {
     }
 
     /// Looks at the chains of the current network namespace once. Returns how many frames were
-    /// sent.
+    /// sent. What is lost, for a device is down or a queue is full, is no error.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// What the kernel says. Of several failures it is the first, and none keeps the rest from being
+    /// done.
     pub fn look(&mut self, store: &Store) -> Result<usize> {
-        let here = netns::current_id()?;
-        let mut sent = 0;
         if self.woken.len() > MEMORY {
             self.woken.clear();
         }
-        for attachment in store.attachments()? {
-            if attachment.netns == here && attachment.record.reads.contains(ACKS) {
-                sent += self.attachment(&attachment)?;
+        let mut outcome = Outcome::default();
+        let (found, anew) = self.find(store, &mut outcome)?;
+        for waiting in &found.waiting {
+            if let Err(error) = self.wake_at(waiting, anew, &mut outcome) {
+                outcome.fail(error);
             }
         }
-        Ok(sent)
+        self.found = Some(found);
+        outcome.failed.map_or(Ok(outcome.sent), Err)
     }
 
-    fn attachment(&mut self, attachment: &Attachment) -> Result<usize> {
-        let acks = attachment.kept(ACKS)?;
-        let subflows = attachment.kept(SUBFLOWS)?;
-        let mut nodes = attachment.record.nodes.iter();
-        let restores = nodes.any(|node| node.policy == RESTORE);
-        let held = match restores && attachment.keeps(HELD) {
-            true => Some(attachment.kept(HELD)?),
-            false => None,
+    /// The chains of the current network namespace that wait for packets, and whether they were
+    /// searched for anew.
+    fn find(&mut self, store: &Store, outcome: &mut Outcome) -> Result<(Found, bool)> {
+        let netns = netns::current_id()?;
+        let stamp = store.stamp()?;
+        let is_current = |found: &Found| {
+            found.netns == netns
+                && found.stamp.is_some()
+                && found.stamp == stamp
+                && found.at.elapsed() < SEARCH
         };
+        if let Some(found) = self.found.take().filter(is_current) {
+            return Ok((found, false));
+        }
+        let mut found = Found {
+            netns,
+            stamp,
+            at: Instant::now(),
+            waiting: Vec::new(),
+        };
+        for attachment in store.attachments()? {
+            if attachment.netns != netns || !attachment.record.reads.contains(ACKS) {
+                continue;
+            }
+            match Waiting::at(&attachment) {
+                Ok(Some(waiting)) => found.waiting.push(waiting),
+                // Replaced meanwhile: the next look finds what is there then.
+                Ok(None) => found.stamp = None,
+                Err(error) => outcome.fail(error),
+            }
+        }
+        Ok((found, true))
+    }
+
+    /// Wakes what is to be woken at one hook. With `tidy` it also forgets what was saved of subflows
+    /// that are over.
+    fn wake_at(&mut self, at: &Waiting, tidy: bool, outcome: &mut Outcome) -> Result<()> {
         let now = sys::monotonic().context("read the clock")?;
-        let mut sent = 0;
-        let entries = sys::map_dump(acks).context("read the saved acknowledgements")?;
+        let entries = sys::map_dump(&at.acks).context("read the saved acknowledgements")?;
         for (key, value) in entries.iter() {
             let (Some(name), Some(ack)) = (value_of::<ack_key>(key), value_of::<saved_ack>(value))
             else {
                 continue;
             };
-            if (ack.ingress != 0) != attachment.place.hook.is_ingress() {
+            let end = (at.netns, at.ifindex, at.hook, at.number, key.to_vec());
+            let is_here = (ack.ingress != 0) == at.hook.is_ingress();
+            let asked = self.asked.contains(&connections::ends(&name.flow));
+            let may_be_due = is_here && (asked || at.held.is_some() || !self.is_done(&end));
+            if !may_be_due && !tidy {
                 continue;
             }
-            let flow = bytes_of(&name.flow);
-            let known = sys::map_lookup(&subflows, flow, size_of::<subflow>())?;
-            let known = known.and_then(|known| value_of::<subflow>(&known));
-            let Some(known) = known.filter(|known| is_open(known, name.sender)) else {
+            let known = at.known(&name).context("read what is known of a subflow")?;
+            let Some(known) = known.filter(|known| !is_over(known)) else {
+                // If a new one has just begun by this name, its next segment is saved.
+                sys::map_delete(&at.acks, key).context("forget a saved acknowledgement")?;
                 continue;
             };
-            let waits = match &held {
-                Some(held) => {
-                    let kept = sys::map_lookup(held, flow, size_of::<held_options>())?;
-                    let kept = kept.and_then(|kept| value_of::<held_options>(&kept));
-                    kept.is_some_and(|kept| has_held(&kept, &known, name.sender))
+            if !may_be_due || !has_shown_data(&known, name.sender) {
+                continue;
+            }
+            let waits = at.waits(&name, &known).context("read what is held")?;
+            let is_due = self.is_due(&end, is_idle(&known, name.sender, now), waits);
+            if !asked && !is_due {
+                continue;
+            }
+            let sent = self.send(at, &ack);
+            if is_due {
+                self.note(&end, sent.is_ok());
+            }
+            match sent {
+                Ok(()) => outcome.sent += 1,
+                Err(error) if is_lost(&error) => {}
+                Err(error) => {
+                    let what = format!("send a saved packet through {} of {}", at.hook, at.device);
+                    outcome.fail(Error::new(error).context(what));
                 }
-                None => false,
-            };
-            let asked = self.asked.contains(&connections::ends(&name.flow));
-            let idle = is_idle(&known, name.sender, now);
-            if asked || self.is_due(attachment, key, idle, waits) {
-                self.send(attachment, &ack)?;
-                sent += 1;
             }
         }
-        Ok(sent)
+        Ok(())
     }
 
-    /// Whether to wake the end whose acknowledgement `key` names, and takes note of it: a few times
-    /// for each generation, and as long as something `waits` for its time. One that is not idle is
-    /// given a moment to send a packet that has room.
-    fn is_due(&mut self, attachment: &Attachment, key: &[u8], idle: bool, waits: bool) -> bool {
-        let place = &attachment.place;
-        let name = (
-            attachment.netns,
-            place.ifindex,
-            place.hook,
-            attachment.number,
-            key.to_vec(),
-        );
+    /// Whether an end was woken as often as a generation is worth.
+    fn is_done(&self, end: &End) -> bool {
+        self.woken.get(end).is_some_and(|it| it.times >= TRIES)
+    }
+
+    /// Whether to wake an end, and takes note of it: a few times for each generation, and as long as
+    /// something `waits` for its time. One that is not idle is given a moment to send a packet that
+    /// has room.
+    fn is_due(&mut self, end: &End, idle: bool, waits: bool) -> bool {
         let now = Instant::now();
-        match self.woken.get_mut(&name) {
+        match self.woken.get_mut(end) {
             None => {
-                let times = u32::from(idle);
-                self.woken.insert(name, Woken { times, last: now });
+                let woken = Woken {
+                    times: u32::from(idle),
+                    lost: 0,
+                    last: now,
+                };
+                self.woken.insert(end.clone(), woken);
                 idle
             }
-            Some(woken) if now - woken.last < APART => false,
+            Some(woken) if now < woken.next() => false,
             Some(woken) if woken.times < TRIES || waits => {
                 woken.times += 1;
                 woken.last = now;
@@ -197,36 +300,127 @@ impl Injector {
         }
     }
 
-    fn send(&mut self, attachment: &Attachment, ack: &saved_ack) -> Result<()> {
+    /// Takes note of what came of waking an end: where nothing was sent it is owed another try,
+    /// later each time.
+    fn note(&mut self, end: &End, sent: bool) {
+        match (self.woken.get_mut(end), sent) {
+            (Some(woken), true) => woken.lost = 0,
+            (Some(woken), false) => {
+                woken.times = woken.times.saturating_sub(1);
+                woken.lost = woken.lost.saturating_add(1);
+            }
+            (None, _) => {}
+        }
+    }
+
+    fn send(&mut self, at: &Waiting, ack: &saved_ack) -> io::Result<()> {
         let Some(frame) = acknowledgement(ack) else {
             return Ok(());
         };
-        let place = &attachment.place;
-        let what = || {
-            format!(
-                "send a saved packet through {} of {}",
-                place.hook, place.device
-            )
-        };
-        if place.hook == Hook::TcEgress {
-            return sys::packet_send(place.ifindex, &frame).with_context(what);
+        if at.hook == Hook::TcEgress {
+            return packet_socket::send(at.ifindex, protocol(ack), &frame);
         }
-        if place.hook == Hook::Xdp && attachment.record.mode == Mode::Native {
-            let entry = sys::open_pin(&attachment.generation().join("entry")).with_context(what)?;
-            return sys::receive(entry, &frame, place.ifindex).with_context(what);
+        if has_no_link_header(ack) {
+            let receive = match self.receive.take() {
+                Some(receive) => receive,
+                None => sys::tc_receive_load()?,
+            };
+            return sys::receive_packet(self.receive.insert(receive), &frame, at.ifindex);
+        }
+        if let Some(entry) = &at.entry {
+            return sys::receive(sys::open_pin(entry)?, &frame, at.ifindex);
         }
         let pass = match self.pass.take() {
             Some(pass) => pass,
-            None => sys::xdp_pass_load().context("load a program that lets frames pass")?,
+            None => sys::xdp_pass_load()?,
         };
-        sys::receive(self.pass.insert(pass), &frame, place.ifindex).with_context(what)
+        sys::receive(self.pass.insert(pass), &frame, at.ifindex)
     }
 }
 
-/// Whether anything can be added to what the end sends.
-fn is_open(known: &subflow, sender: u32) -> bool {
+impl Waiting {
+    /// None if the generation was replaced meanwhile.
+    fn at(attachment: &Attachment) -> Result<Option<Waiting>> {
+        let (Some(acks), Some(subflows)) = (
+            attachment.kept_if_there(ACKS)?,
+            attachment.kept_if_there(SUBFLOWS)?,
+        ) else {
+            return Ok(None);
+        };
+        let mut nodes = attachment.record.nodes.iter();
+        let held = match nodes.any(|node| node.policy == RESTORE) {
+            true => attachment.kept_if_there(HELD)?,
+            false => None,
+        };
+        let place = &attachment.place;
+        let is_run = place.hook == Hook::Xdp && attachment.record.mode == Mode::Native;
+        Ok(Some(Waiting {
+            netns: attachment.netns,
+            ifindex: place.ifindex,
+            hook: place.hook,
+            number: attachment.number,
+            device: place.device.clone(),
+            entry: is_run.then(|| attachment.generation().join("entry")),
+            acks,
+            subflows,
+            held,
+        }))
+    }
+
+    fn known(&self, name: &ack_key) -> io::Result<Option<subflow>> {
+        let known = sys::map_lookup(&self.subflows, bytes_of(&name.flow), size_of::<subflow>())?;
+        Ok(known.and_then(|known| value_of(&known)))
+    }
+
+    /// Whether something that is held waits for its time.
+    fn waits(&self, name: &ack_key, known: &subflow) -> io::Result<bool> {
+        let Some(held) = &self.held else {
+            return Ok(false);
+        };
+        let kept = sys::map_lookup(held, bytes_of(&name.flow), size_of::<held_options>())?;
+        let kept = kept.and_then(|kept| value_of(&kept));
+        Ok(kept.is_some_and(|kept| has_held(&kept, known, name.sender)))
+    }
+}
+
+/// Whether an error says that a frame got lost, and the next one may not: the device is down, or
+/// gone; the queue is full, or a chain dropped it; the generation was replaced meanwhile.
+fn is_lost(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::ENETDOWN
+                | libc::ENOBUFS
+                | libc::ENODEV
+                | libc::ENXIO
+                | libc::ENOENT
+                | libc::EINTR
+        )
+    )
+}
+
+/// Whether a packet was saved from a device whose packets begin with IP.
+fn has_no_link_header(ack: &saved_ack) -> bool {
+    ack.ip == 0
+}
+
+/// What stands behind the link header, as `ETH_P_*`: maybe a VLAN tag.
+fn protocol(ack: &saved_ack) -> u16 {
+    match (has_no_link_header(ack), ack.version) {
+        (false, _) => u16::from_be_bytes([ack.headers[12], ack.headers[13]]),
+        (true, 4) => libc::ETH_P_IP as u16,
+        (true, _) => libc::ETH_P_IPV6 as u16,
+    }
+}
+
+fn is_over(known: &subflow) -> bool {
     let over = subflow_flags::SUBFLOW_FIN.0 | subflow_flags::SUBFLOW_RESET.0;
-    known.flags & over == 0 && known.ends[(sender & 1) as usize].data_seen > 0
+    known.flags & over != 0
+}
+
+/// Whether anything can be added to what the end sends.
+fn has_shown_data(known: &subflow, sender: u32) -> bool {
+    known.ends[(sender & 1) as usize].data_seen > 0
 }
 
 fn is_idle(known: &subflow, sender: u32, now: Duration) -> bool {

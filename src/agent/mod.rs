@@ -21,6 +21,7 @@ pub mod events;
 pub mod expire;
 pub mod inject;
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -177,6 +178,36 @@ pub fn log(message: &str) {
     drop(writeln!(std::io::stderr(), "{message}"));
 }
 
+/// Failures that were said, so that what goes on failing is said once.
+#[derive(Default)]
+pub struct Failures {
+    /// With when it was last so.
+    said: HashMap<String, Instant>,
+}
+
+impl Failures {
+    /// What has not failed for so long is said again.
+    const FORGOTTEN: Duration = Duration::from_secs(60);
+
+    /// Says it on standard error, unless it has been said and was so since.
+    pub fn say(&mut self, why: &str) {
+        if self.is_new(why, Instant::now()) {
+            log(why);
+        }
+    }
+
+    #[cfg(test)]
+    fn says(&self, part: &str) -> bool {
+        self.said.keys().any(|why| why.contains(part))
+    }
+
+    fn is_new(&mut self, why: &str, now: Instant) -> bool {
+        self.said
+            .retain(|_, last| now.saturating_duration_since(*last) < Failures::FORGOTTEN);
+        self.said.insert(why.to_owned(), now).is_none()
+    }
+}
+
 /// Takes the right to be the agent of a folder in this network namespace, held until dropped: an
 /// abstract socket, whose name goes with the process.
 fn claim(folder: &Path) -> Result<OwnedFd> {
@@ -266,6 +297,25 @@ mod tests {
         };
         serve(&mut [Box::new(duty)], stopped.as_fd()).unwrap();
         assert_eq!(*runs.borrow(), [0, 3, 0]);
+    }
+
+    #[test]
+    fn failures_are_said_once() {
+        let mut failures = Failures::default();
+        let begin = Instant::now();
+        let mut news = |seconds: u64, why| {
+            let now = begin + Duration::from_secs(seconds);
+            failures.is_new(why, now)
+        };
+        assert!(news(0, "a"));
+        assert!(!news(1, "a"));
+        assert!(news(2, "b"));
+        // By turns, and for long.
+        for seconds in (30..300).step_by(30) {
+            assert!(!news(seconds, "a"));
+        }
+        assert!(news(300, "b"));
+        assert!(!news(310, "a"));
     }
 
     #[test]

@@ -223,27 +223,58 @@ pub fn element_chain(value: &[u8]) -> Option<u32> {
 
 /// Whether an element counts no more, by its value.
 pub fn has_expired(value: &[u8]) -> bool {
-    let mut element = element::default();
-    plain::copy_from_bytes(&mut element, value).is_ok()
-        && element.expires != 0
-        && u64::from(element.expires) * SECOND <= nanoseconds_now()
+    expiry(value).is_some_and(|at| u64::from(at) * SECOND <= nanoseconds_now())
 }
 
-/// Removes what has expired from a set. Returns how many elements that were.
-///
-/// # Errors
-/// What the kernel says.
-pub fn remove_expired(set: impl AsFd) -> Result<usize> {
-    let entries = sys::map_dump(&set).context("read a set")?;
-    let mut removed = 0;
-    for (key, _) in entries.iter().filter(|(_, value)| has_expired(value)) {
-        // It may have been stored anew since.
-        let now = sys::map_lookup(&set, key, ELEMENT_SIZE as usize).context("read a set")?;
-        if now.is_some_and(|value| has_expired(&value)) {
-            removed += usize::from(sys::map_delete(&set, key).context("delete from a set")?);
+/// When an element's time is over, by its value; none if it stays.
+fn expiry(value: &[u8]) -> Option<u32> {
+    let mut element = element::default();
+    plain::copy_from_bytes(&mut element, value).ok()?;
+    (element.expires != 0).then_some(element.expires)
+}
+
+/// A walk through a set that removes what has expired, some elements at a time.
+#[derive(Debug)]
+pub struct ExpiryWalk {
+    walk: sys::MapWalk,
+    /// Elements removed.
+    pub removed: usize,
+    /// Elements seen that expire one day, or have.
+    pub expiring: usize,
+}
+
+impl ExpiryWalk {
+    /// A walk from the beginning, by so many elements.
+    pub fn new(batch: usize) -> ExpiryWalk {
+        ExpiryWalk {
+            walk: sys::MapWalk::new(batch),
+            removed: 0,
+            expiring: 0,
         }
     }
-    Ok(removed)
+
+    /// Removes what has expired of the next elements. Whether there are more.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn step(&mut self, set: impl AsFd) -> Result<bool> {
+        let Some(entries) = self.walk.next(&set).context("read a set")? else {
+            return Ok(false);
+        };
+        for (key, value) in entries.iter() {
+            self.expiring += usize::from(expiry(value).is_some());
+            if !has_expired(value) {
+                continue;
+            }
+            // It may have been stored anew since.
+            let now = sys::map_lookup(&set, key, ELEMENT_SIZE as usize).context("read a set")?;
+            if now.is_some_and(|value| has_expired(&value)) {
+                let there = sys::map_delete(&set, key).context("delete from a set")?;
+                self.removed += usize::from(there);
+            }
+        }
+        Ok(true)
+    }
 }
 
 /// When what is to stay for `span` expires, both in nanoseconds: the end of a second, not before.

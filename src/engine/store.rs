@@ -19,7 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Map, Value, json};
@@ -91,6 +91,10 @@ pub struct RecordedNode {
     pub selector: bool,
     pub counts_for_chain: bool,
 }
+
+/// Tells two times apart between which generations came or went; see [`Store::stamp`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stamp(BTreeSet<(PathBuf, SystemTime)>);
 
 /// A hook of a device that runs chains of ours.
 pub struct Attachment {
@@ -229,6 +233,27 @@ impl Store {
         Ok(found)
     }
 
+    /// A stamp that stays the same while generations do, at the price of a few system calls. None
+    /// while something is going on: the clock of folders is coarse, and a new generation is there a
+    /// while before it runs.
+    ///
+    /// # Errors
+    /// No permission.
+    pub fn stamp(&self) -> Result<Option<Stamp>> {
+        const SETTLED: Duration = Duration::from_secs(1);
+        let mut folders = BTreeSet::new();
+        for folder in self.attachment_folders()? {
+            let Ok(changed) = fs::metadata(&folder).and_then(|it| it.modified()) else {
+                return Ok(None);
+            };
+            if changed.elapsed().unwrap_or_default() < SETTLED {
+                return Ok(None);
+            }
+            folders.insert((folder, changed));
+        }
+        Ok(Some(Stamp(folders)))
+    }
+
     /// The folders of attachments that are none of `found`: those of other network namespaces.
     ///
     /// # Errors
@@ -284,14 +309,44 @@ impl Store {
             },
             Hold::Link,
         );
-        let Some(running) = place.running(&hold)? else {
-            return Ok(None);
+        let mut running = place.running(&hold)?;
+        let (number, record) = loop {
+            let Some(program) = running else {
+                return Ok(None);
+            };
+            if let Some(live) = self.generation_of(folder, program)? {
+                break live;
+            }
+            // Whoever looks has no lock: a command may have replaced it meanwhile.
+            running = place.running(&hold)?;
+            if running == Some(program) {
+                return Ok(None);
+            }
         };
+        place.device = match netns == netns::current_id()? {
+            true => sys::device_name(ifindex).unwrap_or_else(|_| record.device.clone()),
+            false => record.device.clone(),
+        };
+        if let Hold::Clsact { qdisc_is_ours } = &mut hold {
+            *qdisc_is_ours = record.qdisc_is_ours;
+        }
+        Ok(Some(Attachment {
+            folder: folder.to_owned(),
+            netns,
+            place,
+            hold,
+            number,
+            record,
+        }))
+    }
+
+    /// The generation in an attachment's folder whose entry program has an id.
+    fn generation_of(&self, folder: &Path, program: u32) -> Result<Option<(u64, Record)>> {
         for (number, generation) in generations(folder)? {
             let Ok(entry) = sys::open_pin(&generation.join("entry")) else {
                 continue;
             };
-            if sys::prog_info(&entry)?.id != running {
+            if sys::prog_info(&entry)?.id != program {
                 continue;
             }
             let Some(value) = read_json(&generation.join("record"))? else {
@@ -300,21 +355,7 @@ impl Store {
             let record = self
                 .parse_record(&value)
                 .with_context(|| format!("read {}/record", generation.display()))?;
-            place.device = match netns == netns::current_id()? {
-                true => sys::device_name(ifindex).unwrap_or_else(|_| record.device.clone()),
-                false => record.device.clone(),
-            };
-            if let Hold::Clsact { qdisc_is_ours } = &mut hold {
-                *qdisc_is_ours = record.qdisc_is_ours;
-            }
-            return Ok(Some(Attachment {
-                folder: folder.to_owned(),
-                netns,
-                place,
-                hold,
-                number,
-                record,
-            }));
+            return Ok(Some((number, record)));
         }
         Ok(None)
     }
@@ -618,6 +659,19 @@ impl Attachment {
             .map_err(|error| kernel_error(format!("open the map {name}"), &error))
     }
 
+    /// As [`Attachment::kept`]; none where there is no such map, or the generation was replaced
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn kept_if_there(&self, name: &str) -> Result<Option<OwnedFd>> {
+        match sys::open_pin(&self.generation().join(name)) {
+            Ok(map) => Ok(Some(map)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(kernel_error(format!("open the map {name}"), &error)),
+        }
+    }
+
     /// What nodes counted since they were first applied, in their order; the entry's last.
     ///
     /// # Errors
@@ -759,7 +813,11 @@ fn link_is_dead(folder: &Path) -> bool {
 
 /// The generations in an attachment's folder, oldest first.
 fn generations(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    let entries = fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))?;
+    let entries = match fs::read_dir(folder) {
+        // Whoever looks has no lock.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("read {}", folder.display()))?,
+    };
     let mut found: Vec<(u64, PathBuf)> = entries
         .filter_map(|entry| {
             let path = entry.ok()?.path();

@@ -5,8 +5,9 @@
 //! chain with an MPTCP policy learnt are there, and with the action `record` every TCP connection,
 //! with its counters.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -18,9 +19,7 @@ use crate::engine::bpf::{bytes_of, value_of};
 use crate::engine::store::Store;
 use crate::engine::sys;
 use crate::netns;
-
-/// Map of what is known of subflows.
-pub const SUBFLOWS: &str = "pcd_subflows";
+use crate::policy::btf::SUBFLOWS;
 
 /// An MPTCP connection with its subflows, or a TCP connection as the only one.
 #[derive(Clone, Debug, PartialEq)]
@@ -111,15 +110,8 @@ pub struct Rtt {
 /// # Errors
 /// No permission.
 pub fn read(store: &Store) -> Result<Vec<Connection>> {
-    let here = netns::current_id()?;
     let now = sys::monotonic().context("read the clock")?;
-    let mut devices = BTreeMap::new();
-    for attachment in store.attachments()? {
-        if attachment.netns == here && attachment.keeps(SUBFLOWS) {
-            let device = (attachment.place.ifindex, attachment.place.device.clone());
-            devices.insert(device, attachment.kept(SUBFLOWS)?);
-        }
-    }
+    let devices = maps(store)?;
     let mut subflows = Vec::new();
     for ((_, device), map) in devices {
         let entries = sys::map_dump(map).context("read the map of subflows")?;
@@ -131,6 +123,31 @@ pub fn read(store: &Store) -> Result<Vec<Connection>> {
         }
     }
     Ok(group(subflows))
+}
+
+/// The maps of subflows, by index and name of their device.
+fn maps(store: &Store) -> Result<BTreeMap<(u32, String), OwnedFd>> {
+    /// How often to look again because a command replaced a generation meanwhile.
+    const AGAIN: usize = 3;
+    let here = netns::current_id()?;
+    let mut devices = BTreeMap::new();
+    for _ in 0..=AGAIN {
+        let mut replaced = false;
+        for attachment in store.attachments()? {
+            if attachment.netns != here {
+                continue;
+            }
+            let device = (attachment.place.ifindex, attachment.place.device.clone());
+            match attachment.kept_if_there(SUBFLOWS)? {
+                Some(map) => drop(devices.insert(device, map)),
+                None => replaced |= attachment.record.reads.contains(SUBFLOWS),
+            }
+        }
+        if !replaced {
+            break;
+        }
+    }
+    Ok(devices)
 }
 
 /// The same with rates, from two readings `over` apart.
@@ -338,17 +355,20 @@ struct Found {
 
 /// Joins the subflows that share a token.
 fn group(mut found: Vec<Found>) -> Vec<Connection> {
-    found.sort_by_key(|it| (it.subflow.joined, it.subflow.key()));
+    found.sort_by_cached_key(|it| (it.subflow.joined, it.subflow.key()));
     let mut connections: Vec<Connection> = Vec::new();
+    // Tokens to the first connection that has them.
+    let mut by_token: HashMap<u32, usize> = HashMap::new();
     for Found {
         tokens,
         mptcp,
         subflow,
     } in found
     {
-        let known = |token: &Option<u32>| token.is_some() && tokens.contains(token);
-        let of = |it: &&mut Connection| mptcp && it.tokens.iter().any(known);
-        match connections.iter_mut().find(of) {
+        let known = tokens.iter().flatten().filter(|_| mptcp);
+        let at = known.filter_map(|token| by_token.get(token)).min().copied();
+        let at = at.unwrap_or(connections.len());
+        match connections.get_mut(at) {
             Some(connection) => {
                 for (own, token) in connection.tokens.iter_mut().zip(tokens) {
                     *own = own.or(token);
@@ -360,6 +380,10 @@ fn group(mut found: Vec<Found>) -> Vec<Connection> {
                 mptcp,
                 subflows: vec![subflow],
             }),
+        }
+        for token in connections[at].tokens.into_iter().flatten() {
+            let first = by_token.entry(token).or_insert(at);
+            *first = at.min(*first);
         }
     }
     connections
@@ -396,6 +420,25 @@ mod tests {
         let devices: Vec<usize> = connections.iter().map(|it| it.subflows.len()).collect();
         assert_eq!(devices, [2, 1, 1, 1]);
         assert_eq!(connections[0].tokens, [Some(5), Some(7)]);
+    }
+
+    /// Each subflow finds its connection at once, however many there are.
+    #[test]
+    fn many_are_grouped_quickly() {
+        const COUNT: u32 = 30_000;
+        let joined = (1..=COUNT).map(|token| found("path2", [0, 2 * token], true));
+        let first = (1..=COUNT).map(|token| found("path1", [2 * token + 1, 2 * token], false));
+        let plain = (0..COUNT).map(|_| Found {
+            mptcp: false,
+            ..found("path1", [0, 0], false)
+        });
+        let begin = std::time::Instant::now();
+        let connections = group(joined.chain(first).chain(plain).collect());
+        let spent = begin.elapsed();
+        let of = |mptcp| connections.iter().filter(move |it| it.mptcp == mptcp);
+        assert_eq!([true, false].map(|it| of(it).count()), [30_000; 2]);
+        assert!(of(true).all(|it| it.subflows.len() == 2 && !it.subflows[0].joined));
+        assert!(spent < Duration::from_secs(5), "{spent:?}");
     }
 
     #[test]

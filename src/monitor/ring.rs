@@ -17,9 +17,10 @@ use crate::engine::bpf::{report_of, types::report};
 use crate::engine::store::Store;
 use crate::engine::sys;
 use crate::netns;
+use crate::policy::btf;
 
 /// What the ring buffer is called in the folder of a generation.
-const PIN: &str = "pcn_events";
+const PIN: &str = btf::EVENTS;
 /// How often is looked whether it is still the same.
 const CHECK: Duration = Duration::from_secs(1);
 /// Reports taken at once.

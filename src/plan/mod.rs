@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::error::Invalid;
 use crate::hook::{Family, Hook};
-use crate::policy::btf::{CADENCE, OPENINGS};
+use crate::policy::btf::{self, CADENCE, OPENINGS};
 use crate::policy::{Kind, Policy, Registry};
 use crate::spec::{Action, Cadence, Chain, Keys, OnError, Origin, Spec, Then};
 
@@ -29,11 +29,11 @@ pub(crate) const ENTRY: &str = "(entry)";
 const LEARNER: &str = "learner";
 /// What a learner fills, with the parameter that has it do so.
 const LEARNT: [(&str, &str); 6] = [
-    ("pcd_flows", "handshakes"),
-    ("pcd_subflows", "subflows"),
-    ("pcn_connections", "subflows"),
-    ("pcn_keys", "secrets"),
-    ("pcd_acks", "acks"),
+    (btf::FLOWS, "handshakes"),
+    (btf::SUBFLOWS, "subflows"),
+    (btf::CONNECTIONS, "subflows"),
+    (btf::KEYS, "secrets"),
+    (btf::ACKS, "acks"),
     (OPENINGS, "openings"),
 ];
 /// The name of the action that goes to a chain.

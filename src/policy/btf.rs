@@ -36,6 +36,20 @@ pub const STATE_PREFIXES: [&str; 2] = ["pcd_", "pcn_"];
 pub const CADENCE: &str = "pcd_cadence";
 /// Map of when connections began; as [`CADENCE`], and a learner at the same hook fills it.
 pub const OPENINGS: &str = "pcd_openings";
+/// Maps that learners fill: who opened a connection,
+pub const FLOWS: &str = "pcd_flows";
+/// what is known of subflows,
+pub const SUBFLOWS: &str = "pcd_subflows";
+/// tokens to the peers' tokens,
+pub const CONNECTIONS: &str = "pcn_connections";
+/// and to keys,
+pub const KEYS: &str = "pcn_keys";
+/// the last segment of each end.
+pub const ACKS: &str = "pcd_acks";
+/// Map of announcements that are held back.
+pub const HELD: &str = "pcd_held";
+/// The ring buffer of reports.
+pub const EVENTS: &str = "pcn_events";
 
 /// What a policy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -165,8 +165,9 @@ fn redirect_with_neighbour_by_xdp() {
     redirect_with_neighbour("xdp");
 }
 
-/// Opens `tun0` in the namespace that the calling thread is in: packets without a link header.
-fn open_tun() -> std::io::Result<File> {
+/// Opens `tun0` in the namespace that the calling thread is in: packets without a link header. With
+/// `IFF_NO_PI` they are read as they are, else behind flags and their protocol.
+pub(super) fn open_tun(flags: libc::c_int) -> std::io::Result<File> {
     const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
     let file = OpenOptions::new()
         .read(true)
@@ -178,7 +179,7 @@ fn open_tun() -> std::io::Result<File> {
     for (to, from) in request.ifr_name.iter_mut().zip(b"tun0") {
         *to = *from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as libc::c_short;
+    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | flags) as libc::c_short;
     // SAFETY: TUNSETIFF takes an ifreq.
     match unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &request) } {
         0 => Ok(file),
@@ -190,7 +191,7 @@ fn open_tun() -> std::io::Result<File> {
 fn tun_has_no_link_header() {
     let environment = Environment::direct();
     let namespace = environment.namespace(Role::Server);
-    let mut tun = match namespace.enter(open_tun).unwrap() {
+    let mut tun = match namespace.enter(|| open_tun(libc::IFF_NO_PI)).unwrap() {
         Ok(tun) => tun,
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Unsupported) => {
             eprintln!("not tested: this kernel has no tun devices ({error})");

@@ -15,4 +15,5 @@ mod jit;
 mod learn;
 mod matrix;
 mod verdicts;
+mod wakes;
 mod windows;

@@ -74,6 +74,25 @@ pub fn device_driver(name: &str) -> io::Result<String> {
     Ok(c_bytes_to_string(&info.driver))
 }
 
+/// `struct ethtool_value`.
+#[repr(C)]
+struct FeatureValue {
+    cmd: u32,
+    data: u32,
+}
+
+/// Turns a feature of a device on or off by its ethtool command (`ETHTOOL_STSO`). `EOPNOTSUPP`: it
+/// cannot be changed; `ENODEV`: no such device.
+pub fn device_set_feature(name: &str, command: u32, on: bool) -> io::Result<()> {
+    let mut value = FeatureValue {
+        cmd: command,
+        data: on.into(),
+    };
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    device_ioctl(libc::SIOCETHTOOL as _, &mut request)
+}
+
 fn request(name: &str) -> io::Result<libc::ifreq> {
     let name = c_string(name)?;
     let name = name.as_bytes_with_nul();
@@ -101,40 +120,4 @@ fn device_ioctl(operation: libc::Ioctl, request: &mut libc::ifreq) -> io::Result
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
-}
-
-/// Sends a frame, link header first, from a device.
-pub fn packet_send(ifindex: u32, frame: &[u8]) -> io::Result<()> {
-    let socket: OwnedFd = socket(
-        AddressFamily::Packet,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    let address = libc::sockaddr_ll {
-        sll_family: libc::AF_PACKET as u16,
-        sll_protocol: frame
-            .get(12..14)
-            .map_or(0, |kind| u16::from_ne_bytes([kind[0], kind[1]])),
-        sll_ifindex: super::ifindex_int(ifindex)?,
-        sll_hatype: 0,
-        sll_pkttype: 0,
-        sll_halen: 6,
-        sll_addr: [0; 8],
-    };
-    // SAFETY: both buffers are live, and their lengths are given.
-    let sent = unsafe {
-        libc::sendto(
-            socket.as_raw_fd(),
-            frame.as_ptr().cast(),
-            frame.len(),
-            0,
-            std::ptr::from_ref(&address).cast(),
-            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
-        )
-    };
-    if sent < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }

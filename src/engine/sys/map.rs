@@ -556,52 +556,95 @@ fn no_entries(shape: &Shape) -> Entries {
 
 fn dump_batches(map: BorrowedFd<'_>, shape: &Shape) -> io::Result<Entries> {
     let mut entries = no_entries(shape);
-    // Where to go on: a bucket number of a hash, or the last key of another map.
-    let mut position = vec![0u8; shape.key.max(4)];
-    let mut started = false;
-    let mut room = shape.batch();
-    let opts = batch_opts();
-    loop {
-        let mut keys = vec![0u8; room * shape.key];
-        let mut values = vec![0u8; room * shape.value];
-        let mut count = len32(room)?;
-        let to = position.as_mut_ptr().cast::<c_void>();
-        let from = if started { to } else { ptr::null_mut() };
-        // SAFETY: there is room for `count` keys and values of the map's sizes, and for a position
-        // of either form; the kernel reads the old one before it writes the new one.
-        let result = check(unsafe {
-            libbpf_sys::bpf_map_lookup_batch(
-                map.as_raw_fd(),
-                from,
-                to,
-                void_mut(&mut keys),
-                void_mut(&mut values),
-                &mut count,
-                &opts,
-            )
-        });
-        let last = match result {
-            Ok(_) => false,
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            // A hash gives whole buckets, and the next one does not fit.
-            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                if room > shape.max_entries {
+    let mut walk = MapWalk::new(shape.batch());
+    while let Some(more) = walk.next_of(map, shape)? {
+        entries.keys.extend_from_slice(&more.keys);
+        entries.values.extend_from_slice(&more.values);
+    }
+    Ok(entries)
+}
+
+/// A walk through a map, batch by batch: how far it got. Not a snapshot, as [`map_dump`].
+#[derive(Clone, Debug)]
+pub struct MapWalk {
+    /// Elements of a batch.
+    room: usize,
+    /// Where to go on: a bucket number of a hash, or the last key of another map. Empty at first.
+    position: Vec<u8>,
+    ended: bool,
+}
+
+impl MapWalk {
+    /// A walk from the beginning. A batch has `batch` elements, or more where the kernel gives no
+    /// fewer.
+    pub fn new(batch: usize) -> MapWalk {
+        MapWalk {
+            room: batch.max(1),
+            position: Vec::new(),
+            ended: false,
+        }
+    }
+
+    /// The next elements; none at the end, or after an error. Always of the same map.
+    ///
+    /// `EINVAL`, `EOPNOTSUPP` or `ENOTSUPP` where the kernel has no batches for this map.
+    pub fn next(&mut self, map: impl AsFd) -> io::Result<Option<Entries>> {
+        let map = map.as_fd();
+        let shape = Shape::of(map)?;
+        if shape.key == 0 || shape.value == 0 {
+            return Err(errno(libc::EINVAL));
+        }
+        self.next_of(map, &shape)
+    }
+
+    fn next_of(&mut self, map: BorrowedFd<'_>, shape: &Shape) -> io::Result<Option<Entries>> {
+        if self.ended {
+            return Ok(None);
+        }
+        let started = !self.position.is_empty();
+        self.position.resize(shape.key.max(4), 0);
+        let opts = batch_opts();
+        loop {
+            let mut entries = no_entries(shape);
+            entries.keys = vec![0u8; self.room * shape.key];
+            entries.values = vec![0u8; self.room * shape.value];
+            let mut count = len32(self.room)?;
+            let to = self.position.as_mut_ptr().cast::<c_void>();
+            let from = if started { to } else { ptr::null_mut() };
+            // SAFETY: there is room for `count` keys and values of the map's sizes, and for a
+            // position of either form; the kernel reads the old one before it writes the new one.
+            let result = check(unsafe {
+                libbpf_sys::bpf_map_lookup_batch(
+                    map.as_raw_fd(),
+                    from,
+                    to,
+                    void_mut(&mut entries.keys),
+                    void_mut(&mut entries.values),
+                    &mut count,
+                    &opts,
+                )
+            });
+            match result {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => self.ended = true,
+                // A hash gives whole buckets, and the next one does not fit.
+                Err(error)
+                    if error.raw_os_error() == Some(libc::ENOSPC)
+                        && self.room <= shape.max_entries =>
+                {
+                    self.room *= 2;
+                    continue;
+                }
+                Err(error) => {
+                    self.ended = true;
                     return Err(error);
                 }
-                room *= 2;
-                continue;
             }
-            Err(error) => return Err(error),
-        };
-        let count = (count as usize).min(room);
-        entries.keys.extend_from_slice(&keys[..count * shape.key]);
-        entries
-            .values
-            .extend_from_slice(&values[..count * shape.value]);
-        if last {
-            return Ok(entries);
+            let count = (count as usize).min(self.room);
+            entries.keys.truncate(count * shape.key);
+            entries.values.truncate(count * shape.value);
+            return Ok(Some(entries));
         }
-        started = true;
     }
 }
 

@@ -26,21 +26,24 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 
 pub use clsact::{clsact_attach, clsact_detach, clsact_query};
-pub use device::{device_driver, device_index, device_mtu, device_name, device_type, packet_send};
+pub use device::{
+    device_driver, device_index, device_mtu, device_name, device_set_feature, device_type,
+};
 pub use libbpf_rs::{MapType, ProgramType};
 pub use link::{
     Attached, AttachedMode, LinkInfo, LinkKind, TcDirection, XdpMode, link_by_id, link_detach,
     link_info, link_update, links, tcx_link_create, xdp_attached, xdp_link_create,
 };
 pub use map::{
-    BatchError, Entries, FROZEN_BYTES_MAX, MapInfo, MapKeys, PercpuArray, map_by_id, map_create,
-    map_create_frozen_bytes, map_create_outer, map_delete, map_dump, map_entries, map_info,
-    map_keys, map_lookup, map_read_bytes, map_update, map_update_batch, maps, percpu_lookup,
-    percpu_read, percpu_zero, possible_cpus, wait_rcu,
+    BatchError, Entries, FROZEN_BYTES_MAX, MapInfo, MapKeys, MapWalk, PercpuArray, map_by_id,
+    map_create, map_create_frozen_bytes, map_create_outer, map_delete, map_dump, map_entries,
+    map_info, map_keys, map_lookup, map_read_bytes, map_update, map_update_batch, maps,
+    percpu_lookup, percpu_read, percpu_zero, possible_cpus, wait_rcu,
 };
 pub use pin::{FolderLock, ensure_bpffs, is_bpffs, lock_folder, mount_bpffs, open_pin, pin, unpin};
 pub use prog::{
-    Ids, ProgInfo, TestRun, prog_by_id, prog_info, programs, receive, test_run, xdp_pass_load,
+    Ids, ProgInfo, TestRun, prog_by_id, prog_info, programs, receive, receive_packet,
+    tc_receive_load, test_run, xdp_pass_load,
 };
 
 /// `ENOTSUPP` of the kernel's own headers, which some BPF operations leak to user space.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Loaded programs: what the kernel says about them, and test runs.
 
-use std::ffi::c_int;
+use std::ffi::{CStr, c_int};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -242,30 +242,85 @@ pub fn receive(prog: impl AsFd, frame: &[u8], ifindex: u32) -> io::Result<()> {
     check(unsafe { libbpf_sys::bpf_prog_test_run_opts(prog.as_raw_fd(), &mut opts) }).map(drop)
 }
 
+/// Has a device without a link header receive a packet that begins with IP: the packet goes through
+/// TC and up the stack. `program` is of [`tc_receive_load`].
+///
+/// Live frames of XDP cannot do that: they lose 14 bytes on their way up, and TC gets those back in
+/// front of IP. A packet redirected to such a device has no link header.
+///
+/// `ENOBUFS`: the device is down, or the packet too long; `ENODEV`: no such device.
+pub fn receive_packet(program: impl AsFd, packet: &[u8], ifindex: u32) -> io::Result<()> {
+    const NET_RX_DROP: i32 = 1;
+    let protocol: u16 = match packet.first().map(|byte| byte >> 4) {
+        Some(4) => libc::ETH_P_IP as u16,
+        Some(6) => libc::ETH_P_IPV6 as u16,
+        _ => return Err(errno(libc::EINVAL)),
+    };
+    // The test run wants a link header, which tells it the protocol.
+    let frame = [&[0; 12][..], &protocol.to_be_bytes(), packet].concat();
+    match test_run(program, &frame, Some(ifindex))?.verdict as i32 {
+        0 => Ok(()),
+        NET_RX_DROP => Err(errno(libc::ENOBUFS)),
+        error => Err(errno(-error)),
+    }
+}
+
+/// Loads a TC program that has the device of a packet receive a copy of it, and returns what came of
+/// that.
+pub fn tc_receive_load() -> io::Result<OwnedFd> {
+    const IFINDEX: i16 = 4 * (SK_BUFF_WORDS as i16 - 1);
+    let load = libbpf_sys::BPF_LDX | libbpf_sys::BPF_W | libbpf_sys::BPF_MEM;
+    let set = libbpf_sys::BPF_ALU64 | libbpf_sys::BPF_MOV | libbpf_sys::BPF_K;
+    let call = libbpf_sys::BPF_JMP | libbpf_sys::BPF_CALL;
+    let mut ifindex = instruction(load, 2, 0);
+    ifindex.set_src_reg(1);
+    ifindex.off = IFINDEX;
+    load_program(
+        libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
+        c"pc_receive",
+        &[
+            ifindex,
+            instruction(set, 3, libbpf_sys::BPF_F_INGRESS as i32),
+            instruction(call, 0, libbpf_sys::BPF_FUNC_clone_redirect as i32),
+            instruction(libbpf_sys::BPF_JMP | libbpf_sys::BPF_EXIT, 0, 0),
+        ],
+    )
+}
+
 /// Loads an XDP program that lets every frame pass.
 pub fn xdp_pass_load() -> io::Result<OwnedFd> {
     const XDP_PASS: i32 = 2;
-    let instruction = |code: u32, imm| {
-        let mut instruction = libbpf_sys::bpf_insn {
-            code: code as u8,
-            imm,
-            ..Default::default()
-        };
-        instruction.set_dst_reg(0);
-        instruction
+    let set = libbpf_sys::BPF_ALU64 | libbpf_sys::BPF_MOV | libbpf_sys::BPF_K;
+    load_program(
+        libbpf_sys::BPF_PROG_TYPE_XDP,
+        c"pc_pass",
+        &[
+            instruction(set, 0, XDP_PASS),
+            instruction(libbpf_sys::BPF_JMP | libbpf_sys::BPF_EXIT, 0, 0),
+        ],
+    )
+}
+
+fn instruction(code: u32, register: u8, imm: i32) -> libbpf_sys::bpf_insn {
+    let mut instruction = libbpf_sys::bpf_insn {
+        code: code as u8,
+        imm,
+        ..Default::default()
     };
-    let instructions = [
-        instruction(
-            libbpf_sys::BPF_ALU64 | libbpf_sys::BPF_MOV | libbpf_sys::BPF_K,
-            XDP_PASS,
-        ),
-        instruction(libbpf_sys::BPF_JMP | libbpf_sys::BPF_EXIT, 0),
-    ];
+    instruction.set_dst_reg(register);
+    instruction
+}
+
+fn load_program(
+    kind: libbpf_sys::bpf_prog_type,
+    name: &CStr,
+    instructions: &[libbpf_sys::bpf_insn],
+) -> io::Result<OwnedFd> {
     // SAFETY: literals and a live array with its length; the result is a new descriptor.
     unsafe {
         owned(libbpf_sys::bpf_prog_load(
-            libbpf_sys::BPF_PROG_TYPE_XDP,
-            c"pc_pass".as_ptr(),
+            kind,
+            name.as_ptr(),
             c"GPL".as_ptr(),
             instructions.as_ptr(),
             instructions.len() as _,

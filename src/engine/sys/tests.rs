@@ -2,6 +2,7 @@
 //! Every call on the running kernel. Skipped, with a message, without root.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -797,4 +798,48 @@ fn log_keeps_the_end() {
     }
     append_log(&mut log, "!");
     assert!(log.len() <= LOG_MAX && log.ends_with("é!"));
+}
+
+/// A walk sees every element that stays, whatever is deleted behind it.
+#[test]
+fn walks_in_batches() {
+    if !root() {
+        return;
+    }
+    const COUNT: usize = 3000;
+    let hash = map_create(MapType::Hash, "pc_walk", 16, 8, COUNT as u32, 1).unwrap();
+    let (keys, values) = elements(COUNT);
+    map_update_batch(&hash, &keys, &values, COUNT).unwrap();
+    let mut walk = MapWalk::new(64);
+    let mut seen = HashSet::new();
+    let mut batches = 0;
+    while let Some(batch) = walk.next(&hash).unwrap() {
+        batches += 1;
+        assert!(batch.len() <= 128, "{}", batch.len());
+        for (key, _) in batch.iter() {
+            assert!(seen.insert(key.to_vec()));
+            assert!(map_delete(&hash, key).unwrap());
+        }
+    }
+    assert_eq!(seen.len(), COUNT);
+    assert!(batches >= COUNT / 128);
+    assert!(walk.next(&hash).unwrap().is_none());
+
+    let trie = map_create(MapType::LpmTrie, "pc_walk_lpm", 8, 8, 300, 1).unwrap();
+    let key = |n: u8| [32u32.to_ne_bytes(), [10, 0, 0, n]].concat();
+    let keys: Vec<u8> = (0..200).flat_map(key).collect();
+    map_update_batch(&trie, &keys, &[1; 8 * 200], 200).unwrap();
+    let mut walk = MapWalk::new(7);
+    let mut seen = HashSet::new();
+    while let Some(batch) = walk.next(&trie).unwrap() {
+        for (key, _) in batch.iter() {
+            seen.insert(key[7]);
+            // The last of a batch, at times, where the walk goes on.
+            if key[7] % 3 == 0 {
+                assert!(map_delete(&trie, key).unwrap());
+            }
+        }
+    }
+    assert_eq!(seen.len(), 200);
+    assert_eq!(map_dump(&trie).unwrap().len(), 133);
 }
