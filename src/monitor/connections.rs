@@ -425,18 +425,20 @@ mod tests {
     /// Each subflow finds its connection at once, however many there are.
     #[test]
     fn many_are_grouped_quickly() {
-        const COUNT: u32 = 30_000;
+        const COUNT: u32 = 20_000;
+        // Of this thread, whatever else runs.
+        let clock = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
         let joined = (1..=COUNT).map(|token| found("path2", [0, 2 * token], true));
         let first = (1..=COUNT).map(|token| found("path1", [2 * token + 1, 2 * token], false));
         let plain = (0..COUNT).map(|_| Found {
             mptcp: false,
             ..found("path1", [0, 0], false)
         });
-        let begin = std::time::Instant::now();
+        let begin = clock();
         let connections = group(joined.chain(first).chain(plain).collect());
-        let spent = begin.elapsed();
+        let spent = clock() - begin;
         let of = |mptcp| connections.iter().filter(move |it| it.mptcp == mptcp);
-        assert_eq!([true, false].map(|it| of(it).count()), [30_000; 2]);
+        assert_eq!([true, false].map(|it| of(it).count()), [COUNT as usize; 2]);
         assert!(of(true).all(|it| it.subflows.len() == 2 && !it.subflows[0].joined));
         assert!(spent < Duration::from_secs(5), "{spent:?}");
     }
