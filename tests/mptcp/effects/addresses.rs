@@ -152,12 +152,12 @@ fn has_joined(connection: &MptcpConnection) -> bool {
     connection.info(Role::Client).unwrap().subflows > 0
 }
 
-/// Waits until the connections have joined, with packets on those that are `busy`. When each did.
-fn wait_joined(connections: &[(MptcpConnection, bool)]) -> Vec<Instant> {
+/// Waits until the connections have joined, with packets on those that are `busy`. When each did, if
+/// it has within [`DEADLINE`].
+fn wait_joined(connections: &[(MptcpConnection, bool)]) -> Vec<Option<Instant>> {
     let limit = Instant::now() + DEADLINE;
     let mut joined = vec![None; connections.len()];
-    while joined.contains(&None) {
-        assert!(Instant::now() < limit, "joined: {joined:?}");
+    while joined.contains(&None) && Instant::now() < limit {
         for ((connection, busy), joined) in connections.iter().zip(&mut joined) {
             if joined.is_none() && has_joined(connection) {
                 *joined = Some(Instant::now());
@@ -170,7 +170,7 @@ fn wait_joined(connections: &[(MptcpConnection, bool)]) -> Vec<Instant> {
         }
         thread::sleep(Duration::from_millis(20));
     }
-    joined.into_iter().flatten().collect()
+    joined
 }
 
 /// A busy connection and one that is idle, woken by the agent, hear of the address after its time:
@@ -220,6 +220,15 @@ fn held(scene: &Scene, later: bool) -> Vec<Duration> {
         (opened + HELD, all_open + HELD)
     };
     let joins = wait_joined(&connections);
+    let counts = [&heard, &echoed, &joined].map(|counter| counter.grown());
+    assert!(
+        !joins.contains(&None),
+        "{:?} {}: busy and idle joined: {joins:?}; heard, echoed, joined: {counts:?}; {:#}",
+        scene.place,
+        scene.server,
+        environment.json(scene.role(), &["show", "t", "--json"])["nodes"],
+    );
+    let joins: Vec<Instant> = joins.into_iter().flatten().collect();
     for at in &joins {
         assert!(*at >= earliest, "{:?} too early", earliest - *at);
     }
