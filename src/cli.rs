@@ -232,6 +232,8 @@ struct Replay {
 enum SetCommand {
     /// Store elements: member=value,... or JSON; "arg=N" or "chain=NAME" is what actions read
     ///
+    /// "expire=30s" has an element count for that long, in whole seconds.
+    ///
     /// For example: policy-chain set add windows
     /// local=192.0.2.1,local_port=443,remote=198.51.100.9,remote_port=40000,arg=512
     Add {

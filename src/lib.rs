@@ -12,7 +12,7 @@
 //! | [`policy`] | the registry of selectors and actions; parameters from BTF |
 //! | [`plan`] | chains of one hook to a graph of nodes; the longest path |
 //! | [`engine`] | loading, attaching, bpffs, sets, counters |
-//! | [`agent`] | a process beside the chains: attaches them to devices that come |
+//! | [`agent`] | beside the chains: attaches them to devices that come, wakes subflows, fans events out |
 //! | [`monitor`] | what chains learnt of connections, and report of Multipath TCP as events |
 //! | [`replay`] | captured packets through the real programs |
 //! | [`testbed`], [`netns`] | networks of namespaces to try chains on |

@@ -11,9 +11,9 @@ set -u
 cd "$(dirname "$0")/.."
 
 kernels='6.1 6.12'
-# Which tables of packets: some, or all, which take four times as long.
+# Which tables of packets: some, or all, which take longer.
 rows=${ROWS:-some}
-# Seconds for all kernels, which run side by side; 150 were seen on two processors.
+# Seconds for all kernels, which run side by side.
 cap=600
 [ "$rows" = some ] || cap=1800
 

@@ -9,7 +9,7 @@
 //! | [`attach`] | attaches chains to devices that come, told of them by [`devices`] |
 //! | [`events`] | reads what chains report, and gives it to everyone who follows |
 //! | [`expire`] | removes elements of sets whose time is over |
-//! | [`inject`] | wakes idle subflows that a chain waits for a packet of |
+//! | [`inject`] | wakes subflows that a chain waits for a packet of |
 //!
 //! A duty that fails says so on standard error and tries again later; the agent goes on. What it
 //! does to chains it does under the same lock and in the same steps as `apply`, so it can be killed

@@ -13,9 +13,11 @@ pub mod capture;
 pub mod frames;
 pub mod kernel;
 pub mod klog;
+pub mod load;
 pub mod malformed;
 pub mod mptcp;
 pub mod sender;
+pub mod spawned;
 pub mod traffic;
 
 use std::fs;

@@ -9,8 +9,6 @@ use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use policy_chain::engine::sys;
@@ -18,6 +16,7 @@ use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::{Value, json};
 
 use crate::common::kernel::Objects;
+use crate::common::load::while_sending;
 use crate::common::mptcp::{MptcpConnection, Subflow, exact, mptcp_options};
 use crate::common::traffic::{Connection, server_addresses};
 use crate::common::{Environment, eventually, succeeded};
@@ -345,15 +344,8 @@ fn rates_and_round_trips() {
     let connection = MptcpConnection::joined(&environment, server_addresses(&environment)[1]);
     connection.exchange(10).unwrap();
     let token = connection.token(Role::Client);
-    let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                // Whether the bytes are right is for other tests to say.
-                drop(connection.transfer(1 << 20));
-            }
-        });
-        let check = || {
+    while_sending(&connection, 1 << 20, Duration::ZERO, || {
+        eventually("rates and round trips are close", || {
             let sent = || connection.subflows(&environment, Role::Client);
             let (before, begin) = (sent(), Instant::now());
             let list = environment.json(Role::Client, &["connections", "--json", "--over", "1s"]);
@@ -374,12 +366,7 @@ fn rates_and_round_trips() {
                     && (own_rtt * 0.8..own_rtt * 1.25).contains(&rtt)
             });
             close.fold(true, |all, one| all & one).then_some(())
-        };
-        let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            eventually("rates and round trips are close", check);
-        }));
-        done.store(true, Ordering::Relaxed);
-        checked.unwrap_or_else(|cause| std::panic::resume_unwind(cause));
+        });
     });
 }
 

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::common::agent::Agent;
 use crate::common::mptcp::{MptcpConnection, connect};
+use crate::common::spawned::Spawned;
 use crate::common::traffic::{Connection, listen, server_addresses};
 use crate::common::{DEADLINE, Environment, eventually, failed, says, text};
 use crate::follower::{Follower, followers};
@@ -357,18 +358,15 @@ fn following_ends() {
         assert_eq!(follower.end(signal), Some(0), "{signal}");
     }
     let mut command = environment.command(Role::Client, &["events", "--count", "7"]);
-    let people = command
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
+    let printed = environment.files.path().join("people");
+    let mut people = Spawned::printing(&mut command, printed);
     eventually("it follows", || {
         (followers(&environment, Role::Client) == 1).then_some(())
     });
     let connection = MptcpConnection::joined(&environment, server_addresses(&environment)[0]);
     close_orderly(&environment, &connection);
-    let output = people.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(0));
-    let lines = text(&output.stdout);
+    assert_eq!(people.wait().code(), Some(0));
+    let lines = people.said();
     assert_eq!(lines.lines().count(), 7, "{lines}");
     assert!(
         lines.lines().all(|line| line.chars().count() <= 100),

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use policy_chain::engine::store::Store;
 use policy_chain::monitor::connections;
 use policy_chain::testbed::{Announce, Options, Role};
 
+use crate::common::load::{SetWhenDropped, while_sending};
 use crate::common::mptcp::{MptcpConnection, mptcp_options};
 use crate::common::traffic::server_addresses;
 use crate::common::{Environment, eventually};
@@ -86,43 +87,24 @@ fn beside(
     let client = environment.namespace(Role::Client);
     thread::scope(|scope| {
         let example = scope.spawn(|| client.enter(|| example(&stop)).unwrap());
-        let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            eventually("the chains run", || {
-                let list = environment.json(Role::Client, &["list", "--json"]);
-                // On both hooks of both paths.
-                let everywhere = |it: &serde_json::Value| {
-                    it["name"] == chain && it["attach"].as_array().unwrap().len() == 4
-                };
-                list.as_array()
-                    .unwrap()
-                    .iter()
-                    .any(everywhere)
-                    .then_some(())
-            });
-            let connection = MptcpConnection::joined(environment, address);
-            let done = AtomicBool::new(false);
-            thread::scope(|scope| {
-                // 10 Mbit/s
-                scope.spawn(|| {
-                    let begin = Instant::now();
-                    let mut rounds = 0;
-                    while !done.load(Ordering::Relaxed) {
-                        // Whether the bytes are right is for other tests to say.
-                        drop(connection.transfer(12_500));
-                        rounds += 1;
-                        let due = begin + rounds * Duration::from_millis(10);
-                        thread::sleep(due.saturating_duration_since(Instant::now()));
-                    }
-                });
-                let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(check));
-                done.store(true, Ordering::Relaxed);
-                checked
-            })
-            .unwrap_or_else(|cause| std::panic::resume_unwind(cause));
-        }));
-        stop.store(true, Ordering::Relaxed);
+        let stopped = SetWhenDropped(&stop);
+        eventually("the chains run", || {
+            let list = environment.json(Role::Client, &["list", "--json"]);
+            // On both hooks of both paths.
+            let everywhere = |it: &serde_json::Value| {
+                it["name"] == chain && it["attach"].as_array().unwrap().len() == 4
+            };
+            list.as_array()
+                .unwrap()
+                .iter()
+                .any(everywhere)
+                .then_some(())
+        });
+        let connection = MptcpConnection::joined(environment, address);
+        // 10 Mbit/s
+        while_sending(&connection, 12_500, Duration::from_millis(10), check);
+        drop(stopped);
         example.join().unwrap().unwrap();
-        checked.unwrap_or_else(|cause| std::panic::resume_unwind(cause));
     });
     let left = environment.json(Role::Client, &["list", "--json"]);
     assert_eq!(

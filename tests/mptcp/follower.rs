@@ -1,22 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Processes that follow events.
 
-use std::fs::{self, File};
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::fs;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use policy_chain::testbed::Role;
 use serde_json::Value;
 
-use crate::common::{Environment, eventually, text};
+use crate::common::spawned::Spawned;
+use crate::common::{Environment, eventually};
 
 /// `policy-chain events --json`, killed when dropped.
-pub struct Follower {
-    child: Child,
-    printed: PathBuf,
-}
+pub struct Follower(Spawned);
 
 impl Follower {
     /// Starts one, and waits until it is to have every event from now on.
@@ -24,13 +20,8 @@ impl Follower {
         let before = followers(environment, role);
         let name = format!("events-{role}-{before}");
         let printed = environment.files.path().join(name);
-        let child = environment
-            .command(role, &[&["events", "--json"], more].concat())
-            .stdout(File::create(&printed).unwrap())
-            .stderr(Stdio::inherit())
-            .spawn()
-            .unwrap();
-        let follower = Follower { child, printed };
+        let mut command = environment.command(role, &[&["events", "--json"], more].concat());
+        let follower = Follower(Spawned::printing(&mut command, printed));
         eventually("it follows", || {
             (followers(environment, role) > before).then_some(())
         });
@@ -39,7 +30,7 @@ impl Follower {
 
     /// What it has printed, as far as the lines are complete.
     pub fn lines(&self) -> Vec<String> {
-        let printed = text(&fs::read(&self.printed).unwrap());
+        let printed = self.0.said();
         let lines = printed
             .split_inclusive('\n')
             .filter(|line| line.ends_with('\n'));
@@ -70,16 +61,8 @@ impl Follower {
     }
 
     /// By SIGKILL.
-    pub fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Follower {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    pub fn kill(self) {
+        drop(self);
     }
 }
 

@@ -14,6 +14,8 @@ use crate::common::agent::Agent;
 use crate::common::{Environment, Files, PROGRAM, eventually, failed, says};
 
 const PORT: u16 = 9999;
+/// When an element of two seconds has expired: times are whole seconds, and rounded.
+const GONE: Duration = Duration::from_millis(3300);
 
 /// What comes to a port is learnt; what is in the set, is counted before.
 fn chains(hook: &str, expire: Option<&str>, size: u32) -> Value {
@@ -102,6 +104,12 @@ fn add(environment: &Environment, element: &Value) {
     environment.ok(Role::Server, &["set", "add", "seen", &text]);
 }
 
+/// The whole seconds that an element has left.
+fn seconds(element: &Value) -> u64 {
+    let left = element["expire"].as_str().unwrap();
+    left.strip_suffix('s').unwrap().parse().unwrap()
+}
+
 fn known(environment: &Environment) -> u64 {
     environment.packets(Role::Server, "known")
 }
@@ -110,7 +118,6 @@ fn known(environment: &Environment) -> u64 {
 fn flows_are_known_until_they_expire() {
     let environment = Environment::direct();
     for hook in ["xdp", "tc-ingress"] {
-        let start = Instant::now();
         environment.apply(Role::Server, &chains(hook, Some("2s"), 10));
         let talks = [false, true].map(|ipv6| Talk::new(&environment, ipv6));
         for (talk, before) in talks.iter().zip([0, 2]) {
@@ -119,6 +126,7 @@ fn flows_are_known_until_they_expire() {
             // All but the first.
             assert_eq!(known(&environment), before + 2, "{hook}");
         }
+        let last = Instant::now();
         let with_expiry = |talk: &Talk| {
             let mut element = talk.element();
             element["expire"] = "2s".into();
@@ -127,28 +135,32 @@ fn flows_are_known_until_they_expire() {
         let wanted = talks.each_ref().map(with_expiry);
         let mut set = listed(&environment);
         for element in &mut set {
-            let left = element["expire"].as_str().unwrap();
-            assert!(["2s", "1s"].contains(&left), "{element}");
+            assert!((1..=3).contains(&seconds(element)), "{element}");
             element["expire"] = "2s".into();
         }
         assert_eq!(set.len(), 2);
         assert!(wanted.iter().all(|it| set.contains(it)), "{set:?}");
-        // Its packets keep it there.
-        let later = start + Duration::from_millis(3200);
-        while Instant::now() < later {
+        // Its packets keep it there, as long as this machine does not keep them back.
+        let before = known(&environment);
+        let (mut said, mut spoke, mut longest) = (0, last, Duration::ZERO);
+        while last.elapsed() < GONE {
             talks[0].say(1);
+            said += 1;
+            longest = longest.max(spoke.elapsed());
+            spoke = Instant::now();
             thread::sleep(Duration::from_millis(100));
         }
+        let missed = before + said - known(&environment);
+        let kept_back = longest > Duration::from_millis(900);
+        assert!(missed == 0 || kept_back, "{hook}: {missed}, {longest:?}");
         let before = known(&environment);
-        talks[0].say(1);
-        assert_eq!(known(&environment), before + 1, "{hook}");
         // No agent removes it, but nobody knows it any more.
         assert_eq!(listed(&environment).len(), 1);
         talks[1].say(1);
-        assert_eq!(known(&environment), before + 1, "{hook}");
+        assert_eq!(known(&environment), before, "{hook}");
         // And from then on it is known again.
         talks[1].say(1);
-        assert_eq!(known(&environment), before + 2, "{hook}");
+        assert_eq!(known(&environment), before + 1, "{hook}");
         environment.ok(Role::Server, &["delete", "--all"]);
     }
 }
@@ -166,11 +178,10 @@ fn elements_of_users_are_left_alone() {
     talks.iter().for_each(|talk| talk.say(2));
     let mut set = listed(&environment);
     for element in &mut set {
+        if element.get("expire").is_some() {
+            assert!((3540..=3601).contains(&seconds(element)), "{element}");
+        }
         if let Some(left) = element.get_mut("expire") {
-            assert!(
-                ["3600s", "3599s", "3598s"].map(Value::from).contains(left),
-                "{left}"
-            );
             *left = "1h".into();
         }
     }
@@ -211,7 +222,7 @@ fn the_agent_removes_what_has_expired() {
     let compact = "local=10.0.1.2,remote=10.0.1.1,local_port=1,remote_port=4,expire=2s";
     environment.ok(Role::Server, &["set", "add", "seen", compact]);
     assert_eq!(listed(&environment).len(), 5);
-    thread::sleep(Duration::from_millis(3100));
+    thread::sleep(GONE);
     // What has expired and is still there is not told, so that what is told can be stored again.
     let list = environment.ok(Role::Server, &["set", "list", "seen"]);
     assert_eq!(list.lines().count(), 2, "{list}");

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Subflows ended by a reset.
 
-use std::fs::{self, File};
-use std::process::{Child, Stdio};
+use std::fs;
 
 use policy_chain::testbed::{Announce, Role};
 use serde_json::json;
@@ -10,27 +9,18 @@ use serde_json::json;
 use super::*;
 use crate::common::eventually;
 use crate::common::mptcp::{Differs, MptcpConnection, mptcp_options};
+use crate::common::spawned::Spawned;
 
 /// `ip mptcp monitor` on a host, ended when dropped.
-struct Monitor {
-    child: Child,
-    said: std::path::PathBuf,
-}
+struct Monitor(Spawned);
 
 impl Monitor {
     fn start(scene: &Scene, role: Role) -> Monitor {
         let said = scene.environment.files.path().join("monitor");
-        let child = scene
-            .environment
-            .namespace(role)
-            .command("ip")
-            .args(["mptcp", "monitor"])
-            .stdout(File::create(&said).unwrap())
-            .stderr(Stdio::inherit())
-            .spawn()
-            .unwrap();
-        let group = format!("/proc/{}/net/netlink", child.id());
-        let pid = child.id().to_string();
+        let mut command = scene.environment.namespace(role).command("ip");
+        let monitor = Spawned::printing(command.args(["mptcp", "monitor"]), said);
+        let group = format!("/proc/{}/net/netlink", monitor.id());
+        let pid = monitor.id().to_string();
         // It listens once its socket has a group.
         eventually("the monitor listens", || {
             let table = fs::read_to_string(&group).unwrap();
@@ -42,18 +32,11 @@ impl Monitor {
             })
             .then_some(())
         });
-        Monitor { child, said }
+        Monitor(monitor)
     }
 
     fn said(&self) -> String {
-        fs::read_to_string(&self.said).unwrap()
-    }
-}
-
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.0.said()
     }
 }
 

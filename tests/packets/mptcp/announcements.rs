@@ -232,11 +232,16 @@ fn given(what: &str, frame: &Frame, before: &[&[u8]], after: &[&[u8]]) -> Row {
     leaves(what, &input, held_back()).output(&output)
 }
 
-/// Each end has sent two DSS.
+/// Each end sends two DSS.
+fn talks(connection: &Connection) -> Vec<Row> {
+    let talk = [connection.talk(), connection.talk()].concat();
+    let rows = talk.iter().map(|frame| leaves("DSS", frame, held_back()));
+    rows.collect()
+}
+
 fn opened(connection: &Connection) -> Vec<Row> {
     let mut rows = shake(&connection.opening(), [held_back(); 3]);
-    let talk = [connection.talk(), connection.talk()].concat();
-    rows.extend(talk.iter().map(|frame| leaves("DSS", frame, held_back())));
+    rows.extend(talks(connection));
     rows
 }
 
@@ -319,8 +324,7 @@ fn what_is_held_ends_with_its_connection() {
             let [syn, syn_ack, third] = connection.opening();
             let opening = [syn.sequence(initial), syn_ack, third];
             let mut rows = shake(&opening, [held_back(); 3]);
-            let talk = connection.talk();
-            rows.extend(talk.iter().map(|it| leaves("DSS", it, held_back())));
+            rows.extend(talks(&connection));
             rows
         };
         let mut rows = again(1);
@@ -350,7 +354,7 @@ fn held_for_a_while_in_each_connection() {
         sleep(Duration::from_millis(650));
         feed(&mut bench, [&connection.syn().sequence(2)]);
         feed(&mut bench, &connection.opening()[1..]);
-        feed(&mut bench, &connection.talk());
+        check_rows(&mut bench, "talk", &talks(&connection));
         let early = leaves("too early", &push, held_back()).and("not_held");
         check_rows(&mut bench, "held anew", &[held.clone(), early]);
     }
