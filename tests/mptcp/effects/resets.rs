@@ -4,12 +4,12 @@
 use std::fs::{self, File};
 use std::process::{Child, Stdio};
 
-use policy_chain::testbed::{Announce, Role};
+use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::json;
 
 use super::*;
 use crate::common::eventually;
-use crate::common::mptcp::{Differs, MptcpConnection, mptcp_options};
+use crate::common::mptcp::{Differs, MptcpConnection};
 
 /// `ip mptcp monitor` on a host, ended when dropped.
 struct Monitor {
@@ -82,20 +82,46 @@ fn reset(scene: &Scene, path: u8) -> Result<(), Differs> {
     Ok(())
 }
 
+pub const SECOND: &[Row] = &[
+    Row {
+        actions: &["reset_subflow"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP, ROUTER_INGRESS],
+    },
+    Row {
+        actions: &["reset_subflow"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 3,
+        places: &[EGRESS, ROUTER_XDP],
+    },
+];
+
 #[test]
 fn second_subflow_reset() {
-    let options = mptcp_options(2, Announce::Subflow);
-    let places = [EGRESS, INGRESS, XDP, ROUTER_XDP];
-    everywhere(&options, &places, Role::Client, |scene| reset(scene, 2));
-    let options = mptcp_options(3, Announce::Signal);
-    everywhere(&options, &[EGRESS], Role::Server, |scene| reset(scene, 2));
+    everywhere(SECOND, &Options::default(), |scene| reset(scene, 2));
 }
+
+pub const FIRST: &[Row] = &[
+    Row {
+        actions: &["reset_subflow"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP, ROUTER_EGRESS],
+    },
+    Row {
+        actions: &["reset_subflow"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 2,
+        places: &[XDP],
+    },
+];
 
 #[test]
 fn first_subflow_reset() {
-    let options = mptcp_options(2, Announce::Signal);
-    let places = [EGRESS, INGRESS, XDP, ROUTER_EGRESS];
-    everywhere(&options, &places, Role::Server, |scene| reset(scene, 1));
-    let options = mptcp_options(2, Announce::Subflow);
-    everywhere(&options, &[XDP], Role::Client, |scene| reset(scene, 1));
+    everywhere(FIRST, &Options::default(), |scene| reset(scene, 1));
 }
