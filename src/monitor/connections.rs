@@ -392,6 +392,8 @@ fn group(mut found: Vec<Found>) -> Vec<Connection> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use nix::time::{ClockId, clock_gettime};
+
     use super::*;
 
     fn found(device: &str, tokens: [u32; 2], joined: bool) -> Found {

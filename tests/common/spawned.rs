@@ -51,11 +51,17 @@ impl Spawned {
         })
     }
 
+    /// By a signal that it heeds; its exit code.
+    #[track_caller]
+    pub fn end(&mut self, signal: Signal) -> Option<i32> {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+        self.wait().code()
+    }
+
     /// Ends it by a signal that it heeds.
     #[track_caller]
     pub fn stop(mut self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
-        assert_eq!(self.wait().code(), Some(0), "{}", self.said());
+        assert_eq!(self.end(signal), Some(0), "{}", self.said());
     }
 }
 

@@ -3,8 +3,7 @@
 
 use std::fs;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use policy_chain::testbed::Role;
 use serde_json::Value;
 
@@ -56,8 +55,7 @@ impl Follower {
 
     /// By a signal that it heeds; its exit code.
     pub fn end(mut self, signal: Signal) -> Option<i32> {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
-        self.child.wait().unwrap().code()
+        self.0.end(signal)
     }
 
     /// By SIGKILL.

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the testbed promises: connections join all paths, and paths are as slow as asked for.
 
+use std::cell::Cell;
 use std::fs;
 use std::net::IpAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::thread;
@@ -14,7 +16,9 @@ use serde_json::Value;
 
 use crate::common::capture::Capture;
 use crate::common::load::expect_rate;
-use crate::common::mptcp::{MptcpConnection, Subflow, exact, mptcp_options};
+use crate::common::mptcp::{
+    Control, Differs, MptcpConnection, Subflow, exact, exact_beside, exact_on, mptcp_options, say,
+};
 use crate::common::traffic::{PORT, server_addresses};
 use crate::common::{Environment, PROGRAM, eventually, failed, require_root, says, succeeded};
 
@@ -23,7 +27,7 @@ fn joins(options: &Options) {
     let environment = Environment::with(options);
     let paths = options.paths.into();
     for address in server_addresses(&environment) {
-        exact(|| {
+        exact_on(options, || {
             let connection = MptcpConnection::joined(&environment, address);
             assert!(connection.is_mptcp());
             let subflows = connection.wait_subflows(&environment, Role::Server, paths);
@@ -99,7 +103,7 @@ fn rates() {
     };
     let environment = Environment::with(&options);
     for address in server_addresses(&environment) {
-        exact(|| {
+        exact_on(&options, || {
             let connection = MptcpConnection::joined(&environment, address);
             expect_rate(36.0..72.0, || connection.transfer(8 << 20))?;
             expect_rate(36.0..72.0, || connection.fetch(8 << 20))
@@ -271,4 +275,38 @@ fn options_that_do_not_go_together() {
     let name = environment.testbed.name();
     let none = run(&["testbed", "set", name, "--path=1", "--delay=1"]);
     says(&failed("set", 1, &none), &["no relay", "--delay"]);
+}
+
+/// Wrong bytes are an excuse for two more attempts, a connection that stalls for none.
+#[test]
+fn only_wrong_bytes_are_tried_again() {
+    let options = mptcp_options(2, Announce::Subflow);
+    let done = Control::of(&options, 2, Duration::from_secs(30));
+    assert_eq!(done.connections, 2);
+    let control = || Control { ..done };
+    let attempts = |right: u32, differs: fn(String) -> Differs| {
+        let count = Cell::new(0);
+        let attempt = || {
+            count.set(count.get() + 1);
+            match count.get() == right {
+                true => Ok(()),
+                false => Err(differs("made up, by the test of this".to_owned())),
+            }
+        };
+        let passed = catch_unwind(AssertUnwindSafe(|| exact_beside(control, attempt)));
+        (count.get(), passed.is_ok())
+    };
+    assert_eq!(attempts(1, Differs::Bytes), (1, true));
+    assert_eq!(attempts(3, Differs::Bytes), (3, true));
+    assert_eq!(attempts(4, Differs::Bytes), (3, false));
+    assert_eq!(attempts(2, Differs::Stalled), (1, false));
+}
+
+/// How often the kernel by itself errs: for who wonders whether a retried connection was its fault.
+#[test]
+#[ignore = "takes minutes; says how often MPTCP errs without any BPF program"]
+fn connections_without_bpf() {
+    let options = mptcp_options(2, Announce::Signal);
+    let control = Control::of(&options, 1000, Duration::from_secs(600));
+    say(format_args!("{control}"));
 }

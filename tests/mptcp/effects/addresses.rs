@@ -5,12 +5,13 @@ use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::{Value, json};
 
 use super::*;
 use crate::common::agent::Agent;
-use crate::common::mptcp::{Differs, MptcpConnection, Subflow, mptcp_options};
+use crate::common::mptcp::{Differs, MptcpConnection, Subflow, exact_on};
 use crate::common::traffic::server_addresses;
 use crate::common::{DEADLINE, Environment, eventually};
 
@@ -37,14 +38,27 @@ fn filtered(scene: &Scene) -> Result<(), Differs> {
     Ok(())
 }
 
+pub const FILTERED: &[Row] = &[
+    Row {
+        actions: &["strip_option"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP, ROUTER_INGRESS],
+    },
+    Row {
+        actions: &["strip_option"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 3,
+        places: &[ROUTER_XDP],
+    },
+];
+
 /// The client hears of no address, and keeps to MPTCP.
 #[test]
 fn announcements_filtered() {
-    let options = mptcp_options(2, Announce::Signal);
-    let places = [EGRESS, INGRESS, XDP, ROUTER_XDP];
-    everywhere(&options, &places, Role::Server, filtered);
-    let options = mptcp_options(3, Announce::Signal);
-    everywhere(&options, &[EGRESS], Role::Server, filtered);
+    everywhere(FILTERED, &Options::default(), filtered);
 }
 
 /// The server's addresses after the first, of the connection's family.
@@ -75,7 +89,16 @@ fn made_up(scene: &Scene) -> Result<(), Differs> {
     let connection = MptcpConnection::open(scene.environment, scene.server, 0);
     // Where only the other side sends, there is room.
     joined.driven(count, || connection.transfer(MEGABYTE / 4).map(drop))?;
-    connection.wait_subflows(scene.environment, Role::Client, addresses.len() + 1);
+    carried_by_all(scene, &connection)?;
+    heard.is(count);
+    tried.is(count);
+    joined.is(count);
+    Ok(())
+}
+
+/// That data takes a subflow on each path.
+fn carried_by_all(scene: &Scene, connection: &MptcpConnection) -> Result<(), Differs> {
+    connection.wait_subflows(scene.environment, Role::Client, scene.paths().into());
     eventually("all subflows carry data", || {
         connection.fetch(MEGABYTE).err().map(Err).or_else(|| {
             let subflows = connection.subflows(scene.environment, Role::Client);
@@ -83,21 +106,67 @@ fn made_up(scene: &Scene) -> Result<(), Differs> {
             all.then_some(Ok(()))
         })
     })?;
-    goes_on(&connection)?;
-    heard.is(count);
-    tried.is(count);
-    joined.is(count);
-    Ok(())
+    goes_on(connection)
 }
+
+pub const MADE_UP: &[Row] = &[
+    Row {
+        actions: &["add_subflow"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP, ROUTER_EGRESS],
+    },
+    Row {
+        actions: &["add_subflow"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 3,
+        places: &[ROUTER_XDP],
+    },
+];
 
 /// The client joins addresses that the server never announced.
 #[test]
 fn announcements_made_up() {
-    let options = mptcp_options(2, Announce::Signal);
-    let places = [EGRESS, INGRESS, XDP, ROUTER_EGRESS];
-    everywhere(&options, &places, Role::Server, made_up);
-    let options = mptcp_options(3, Announce::Signal);
-    everywhere(&options, &[XDP], Role::Server, made_up);
+    everywhere(MADE_UP, &Options::default(), made_up);
+}
+
+fn made_up_while_idle(scene: &Scene) -> Result<(), Differs> {
+    silence(scene);
+    let address = scene.address(2);
+    let add = json!({ "action": "add_subflow", "address": address, "id": 7 });
+    let nothing = json!({ "selector": "tcp_flags", "all": ["syn", "fin"] });
+    // Keys are kept from now on, and no segment is to have the option.
+    scene.apply(json!([nothing]), json!([add]));
+    let heard = scene.counter(Role::Client, "AddAddr");
+    let joined = scene.counter(Role::Server, "MPJoinAckRx");
+    let connection = MptcpConnection::open(scene.environment, scene.server, 0);
+    connection.exchange(3)?;
+    let agent = Agent::start(scene.environment, scene.role(), "agent");
+    heard.is(0);
+    scene.apply_to_subflow(1, json!([add]));
+    joined.becomes(1);
+    heard.is(1);
+    agent.stop(Signal::SIGTERM);
+    carried_by_all(scene, &connection)?;
+    heard.is(1);
+    joined.is(1);
+    Ok(())
+}
+
+pub const MADE_UP_WHILE_IDLE: &[Row] = &[Row {
+    actions: &["add_subflow"],
+    sender: Role::Server,
+    announce: Announce::Signal,
+    paths: 2,
+    places: &[EGRESS, INGRESS, ROUTER_XDP],
+}];
+
+/// A connection that has nothing to send joins all the same: the agent makes a packet for the option.
+#[test]
+fn announcements_made_up_while_idle() {
+    everywhere(MADE_UP_WHILE_IDLE, &Options::default(), made_up_while_idle);
 }
 
 /// The id of the sender's address on a subflow, as its `ss` has it: `token:0000(id:0)/9c2e(id:1)`,
@@ -127,16 +196,34 @@ fn taken_away(scene: &Scene) -> Result<(), Differs> {
     Ok(())
 }
 
+pub const TAKEN_AWAY: &[Row] = &[
+    Row {
+        actions: &["remove_addr"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP, ROUTER_INGRESS, ROUTER_GENERIC],
+    },
+    Row {
+        actions: &["remove_addr"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 3,
+        places: &[EGRESS, ROUTER_XDP],
+    },
+    Row {
+        actions: &["remove_addr"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 2,
+        places: &[XDP],
+    },
+];
+
 /// The receiver ends the subflow of an address that is said to be lost.
 #[test]
 fn addresses_taken_away() {
-    let options = mptcp_options(2, Announce::Subflow);
-    let places = [EGRESS, INGRESS, XDP, ROUTER_INGRESS];
-    everywhere(&options, &places, Role::Client, taken_away);
-    let options = mptcp_options(3, Announce::Subflow);
-    everywhere(&options, &[EGRESS], Role::Client, taken_away);
-    let options = mptcp_options(2, Announce::Signal);
-    everywhere(&options, &[XDP], Role::Server, taken_away);
+    everywhere(TAKEN_AWAY, &Options::default(), taken_away);
 }
 
 /// How long addresses are held.
@@ -148,41 +235,48 @@ fn hold() -> Value {
     json!({ "action": "hold_add_addr" })
 }
 
-fn has_joined(connection: &MptcpConnection) -> bool {
-    connection.info(Role::Client).unwrap().subflows > 0
-}
-
-/// Waits until the connections have joined, with packets on those that are `busy`. When each did, if
-/// it has within [`DEADLINE`].
-fn wait_joined(connections: &[(MptcpConnection, bool)]) -> Vec<Option<Instant>> {
+/// Waits until the connections have joined all paths, with packets on those that are `busy`. When
+/// each did, if it has within [`DEADLINE`].
+fn wait_joined(
+    scene: &Scene,
+    connections: &[(MptcpConnection, bool)],
+) -> Result<Vec<Option<Instant>>, Differs> {
     let limit = Instant::now() + DEADLINE;
     let mut joined = vec![None; connections.len()];
     while joined.contains(&None) && Instant::now() < limit {
         for ((connection, busy), joined) in connections.iter().zip(&mut joined) {
-            if joined.is_none() && has_joined(connection) {
+            let info = connection.info(Role::Client);
+            let info = info.expect("the connection is plain TCP");
+            if joined.is_none() && info.subflows + 1 == scene.paths() {
                 *joined = Some(Instant::now());
             }
             if *busy {
-                // A wrong byte is not what this is about.
-                let _ = connection.exchange(1);
-                let _ = connection.transfer(20_000);
+                connection.exchange(1)?;
+                connection.transfer(20_000)?;
             }
         }
         thread::sleep(Duration::from_millis(20));
     }
-    joined
+    Ok(joined)
 }
 
-/// A busy connection and one that is idle, woken by the agent, hear of the address after its time:
-/// how long after.
-fn held(scene: &Scene, later: bool) -> Vec<Duration> {
-    let environment = scene.environment;
+/// Has the server announce what it has on the other paths, in the connection's family only.
+fn announce(scene: &Scene) {
     silence(scene);
-    let address = scene.address(2).to_string();
-    let endpoint = [
-        "mptcp", "endpoint", "add", &address, "dev", "path2", "signal",
-    ];
-    environment.run(Role::Server, "ip", &endpoint);
+    for path in 2..=scene.paths() {
+        let (address, device) = (scene.address(path).to_string(), format!("path{path}"));
+        let endpoint = [
+            "mptcp", "endpoint", "add", &address, "dev", &device, "signal",
+        ];
+        scene.environment.run(Role::Server, "ip", &endpoint);
+    }
+}
+
+/// A busy connection and one that is idle, woken by the agent, hear of the addresses after their
+/// time: how long after, each.
+fn held(scene: &Scene, later: bool) -> Result<Vec<Duration>, Differs> {
+    let environment = scene.environment;
+    announce(scene);
     let restore = match later {
         true => json!({ "action": "restore_add_addr" }),
         false => json!({ "action": "restore_add_addr", "after": "5s" }),
@@ -197,16 +291,18 @@ fn held(scene: &Scene, later: bool) -> Vec<Duration> {
     let echoed = scene.counter(Role::Server, "EchoAdd");
     let joined = scene.counter(Role::Server, "MPJoinAckRx");
     let opened = Instant::now();
-    let connections = [true, false].map(|busy| {
+    let mut connections = Vec::new();
+    for busy in [true, false] {
         let connection = MptcpConnection::open(environment, scene.server, 0);
-        connection.exchange(3).unwrap();
-        (connection, busy)
-    });
+        connection.exchange(3)?;
+        connections.push((connection, busy));
+    }
     let all_open = Instant::now();
+    let addresses = u64::from(scene.paths()) - 1;
     let (earliest, latest) = if later {
         // Until the kernel gives up.
         eventually("the last announcement", || {
-            (announced.grown() >= 4 * 2).then_some(())
+            (announced.grown() >= 4 * 2 * addresses).then_some(())
         });
         heard.is(0);
         let before = Instant::now();
@@ -219,7 +315,7 @@ fn held(scene: &Scene, later: bool) -> Vec<Duration> {
         }
         (opened + HELD, all_open + HELD)
     };
-    let joins = wait_joined(&connections);
+    let joins = wait_joined(scene, &connections)?;
     let counts = [&heard, &echoed, &joined].map(|counter| counter.grown());
     assert!(
         !joins.contains(&None),
@@ -232,51 +328,54 @@ fn held(scene: &Scene, later: bool) -> Vec<Duration> {
     for at in &joins {
         assert!(*at >= earliest, "{:?} too early", earliest - *at);
     }
-    heard.becomes(2);
-    echoed.becomes(2);
-    joined.becomes(2);
+    for counter in [heard, echoed, joined] {
+        counter.becomes(2 * addresses);
+    }
     for (connection, _) in &connections {
-        // Its announcement came by an acknowledgement of the agent: nothing is amiss after that.
-        goes_on(connection).unwrap_or_else(|differs| eprintln!("{differs}"));
+        goes_on(connection)?;
     }
-    agent.stop(nix::sys::signal::Signal::SIGTERM);
-    for role in [Role::Client, Role::Server] {
-        assert_eq!(environment.checksum_errors(role), 0, "{role}");
-    }
+    agent.stop(Signal::SIGTERM);
     let late = joins.iter().map(|at| at.saturating_duration_since(latest));
-    late.collect()
+    Ok(late.collect())
 }
 
-fn held_at(place: Place, family: usize, later: bool) -> Vec<Duration> {
-    let environment = Environment::with(&Options {
-        router: place.router,
-        ..mptcp_options(2, Announce::Signal)
-    });
-    let scene = Scene {
-        environment: &environment,
-        announce: Announce::Signal,
-        place,
-        sender: Role::Server,
-        server: server_addresses(&environment)[family],
-    };
-    held(&scene, later)
+fn held_at(row: &Row, place: Place, family: usize, later: bool) -> Vec<Duration> {
+    let options = row.options(place.router, &Options::default());
+    exact_on(&options, || {
+        let environment = Environment::with(&options);
+        let scene = Scene {
+            environment: &environment,
+            options: &options,
+            row,
+            place,
+            sender: row.sender,
+            server: server_addresses(&environment)[family],
+        };
+        scene.begins();
+        let late = held(&scene, later)?;
+        scene.checksums_are_right();
+        Ok(late)
+    })
 }
 
 /// Most of the time is waiting, so some wait side by side: as many as do not make each other late.
-fn held_everywhere(places: &[Place], later: bool) {
+fn held_everywhere(rows: &[Row], later: bool) {
     const TOGETHER: usize = 3;
-    let all: Vec<(Place, usize)> = places
+    let places = rows
         .iter()
-        .flat_map(|place| [(*place, 0), (*place, 1)])
+        .flat_map(|row| row.places.iter().map(move |place| (row, *place)));
+    let all: Vec<(&Row, Place, usize)> = places
+        .flat_map(|(row, place)| [(row, place, 0), (row, place, 1)])
         .collect();
     let mut late = Vec::new();
     for some in all.chunks(TOGETHER) {
         thread::scope(|scope| {
-            let start = |(place, family): &(Place, usize)| {
-                let (place, family) = (*place, *family);
-                scope.spawn(move || held_at(place, family, later))
-            };
-            let running: Vec<_> = some.iter().map(start).collect();
+            let running: Vec<_> = some
+                .iter()
+                .map(|&(row, place, family)| {
+                    scope.spawn(move || held_at(row, place, family, later))
+                })
+                .collect();
             for one in running {
                 late.extend(one.join().unwrap());
             }
@@ -286,12 +385,37 @@ fn held_everywhere(places: &[Place], later: bool) {
     assert!(late[late.len() * 3 / 4] <= SOON, "too late: {late:?}");
 }
 
+pub const HELD_FOR_A_WHILE: &[Row] = &[Row {
+    actions: &["hold_add_addr", "restore_add_addr"],
+    sender: Role::Server,
+    announce: Announce::Signal,
+    paths: 2,
+    places: &[EGRESS, INGRESS, XDP, ROUTER_EGRESS],
+}];
+
 #[test]
 fn announcements_held_for_a_while() {
-    held_everywhere(&[EGRESS, INGRESS, XDP, ROUTER_EGRESS], false);
+    held_everywhere(HELD_FOR_A_WHILE, false);
 }
+
+pub const HELD_UNTIL_TOLD: &[Row] = &[
+    Row {
+        actions: &["hold_add_addr", "restore_add_addr"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP],
+    },
+    Row {
+        actions: &["hold_add_addr", "restore_add_addr"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 3,
+        places: &[ROUTER_XDP],
+    },
+];
 
 #[test]
 fn announcements_held_until_told() {
-    held_everywhere(&[EGRESS, INGRESS, XDP, ROUTER_XDP], true);
+    held_everywhere(HELD_UNTIL_TOLD, true);
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! MPTCP's options taken out of handshakes, and of data, which is refused.
 
-use policy_chain::testbed::{Announce, Role};
+use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::common::mptcp::{Differs, MptcpConnection, mptcp_options};
+use crate::common::mptcp::{Differs, MptcpConnection};
 use crate::common::{Environment, says};
 
 fn strip(subtype: &str) -> Value {
@@ -16,15 +16,31 @@ fn syn() -> Value {
     json!({ "selector": "tcp_flags", "all": ["syn"] })
 }
 
+pub const MP_CAPABLE: &[Row] = &[
+    Row {
+        actions: &["strip_option"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP, GENERIC, ROUTER_EGRESS],
+    },
+    Row {
+        actions: &["strip_option"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 3,
+        places: &[ROUTER_XDP],
+    },
+];
+
 /// The server takes the SYN for one of TCP, and the client goes along.
 #[test]
 fn without_mp_capable() {
-    let options = mptcp_options(1, Announce::Subflow);
-    let places = [EGRESS, INGRESS, XDP, GENERIC, ROUTER_EGRESS];
-    everywhere(&options, &places, Role::Client, |scene| {
+    everywhere(MP_CAPABLE, &Options::default(), |scene| {
         scene.apply(json!([syn()]), json!([strip("mp_capable")]));
         let fallback = scene.counter(Role::Client, "MPCapableFallbackSYNACK");
         let offered = scene.counter(Role::Server, "MPCapableSYNRX");
+        let tried = scene.counter(Role::Client, "MPJoinSynTx");
         let connection = MptcpConnection::open(scene.environment, scene.server, 0);
         fallback.becomes(1);
         assert!(!connection.is_mptcp());
@@ -34,6 +50,7 @@ fn without_mp_capable() {
         connection.transfer(MEGABYTE).unwrap();
         connection.fetch(MEGABYTE).unwrap();
         offered.is(0);
+        tried.is(0);
         Ok(())
     });
 }
@@ -56,22 +73,48 @@ fn without_mp_join(scene: &Scene) -> Result<(), Differs> {
     Ok(())
 }
 
+pub const MP_JOIN: &[Row] = &[
+    Row {
+        actions: &["strip_option"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 2,
+        places: &[
+            EGRESS,
+            INGRESS,
+            XDP,
+            GENERIC,
+            ROUTER_INGRESS,
+            ROUTER_GENERIC,
+        ],
+    },
+    Row {
+        actions: &["strip_option"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 3,
+        places: &[EGRESS, ROUTER_XDP],
+    },
+];
+
 /// The connection stays on the path it began on.
 #[test]
 fn joins_refused() {
-    let options = mptcp_options(2, Announce::Subflow);
-    let places = [EGRESS, INGRESS, XDP, GENERIC, ROUTER_INGRESS];
-    everywhere(&options, &places, Role::Client, without_mp_join);
-    let options = mptcp_options(3, Announce::Subflow);
-    everywhere(&options, &[EGRESS], Role::Client, without_mp_join);
+    everywhere(MP_JOIN, &Options::default(), without_mp_join);
 }
+
+pub const DATA: &[Row] = &[Row {
+    actions: &["strip_option"],
+    sender: Role::Client,
+    announce: Announce::Subflow,
+    paths: 2,
+    places: &[EGRESS, INGRESS, XDP, GENERIC],
+}];
 
 /// Options that carry data stay, so that the connection lives.
 #[test]
 fn data_keeps_its_options() {
-    let options = mptcp_options(2, Announce::Subflow);
-    let places = [EGRESS, INGRESS, XDP, GENERIC];
-    everywhere(&options, &places, Role::Client, |scene| {
+    everywhere(DATA, &Options::default(), |scene| {
         let connection = MptcpConnection::joined(scene.environment, scene.server);
         scene.apply(
             json!([]),

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::common::Environment;
-use crate::common::mptcp::{MptcpConnection, exact, mptcp_options};
+use crate::common::mptcp::{Differs, MptcpConnection, exact_on, mptcp_options};
 use crate::common::traffic::{Connection, server_addresses};
 
 const WINDOW: u64 = 16384;
@@ -36,16 +36,32 @@ fn throttle(scene: &Scene, token: u32) {
     scene.environment.ok(scene.role(), &command);
 }
 
-/// Both subflows say the same small window, which is that of the connection.
+pub const THROTTLED: &[Row] = &[
+    Row {
+        actions: &["set_window"],
+        sender: Role::Server,
+        announce: Announce::Subflow,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP],
+    },
+    Row {
+        actions: &["set_window"],
+        sender: Role::Server,
+        announce: Announce::Subflow,
+        paths: 3,
+        places: &[INGRESS],
+    },
+];
+
+/// All subflows say the same small window, which is that of the connection.
 #[test]
 fn a_connection_throttled_by_its_window() {
-    let options = Options {
+    let shape = Options {
         delay: vec![DELAY],
-        ..mptcp_options(2, Announce::Subflow)
+        ..Options::default()
     };
     let expected = WINDOW as f64 * 8.0 / 1e6 / DELAY.as_secs_f64();
-    let places = [EGRESS, INGRESS, XDP];
-    everywhere(&options, &places, Role::Server, |scene| {
+    everywhere(THROTTLED, &shape, |scene| {
         let connection = throttled(scene);
         let other = MptcpConnection::joined(scene.environment, scene.server);
         // By the server's token, or the client's.
@@ -53,27 +69,49 @@ fn a_connection_throttled_by_its_window() {
         throttle(scene, connection.token(end));
         // What was advertised before may still be used up.
         connection.transfer(MEGABYTE / 4)?;
-        let rate = connection.transfer(MEGABYTE / 2)?;
-        eprintln!("{rate:.2} of {expected:.2} Mbit/s");
-        assert!(
-            (0.6..1.2).contains(&(rate / expected)),
-            "{rate} of {expected}"
-        );
+        // Other work on this machine makes a connection slower, never faster.
+        let rate = of_five(
+            || {
+                let rate = connection.transfer(MEGABYTE / 2)? / expected;
+                eprintln!("{rate:.2} of {expected:.2} Mbit/s expected");
+                assert!(rate < 1.2, "{rate} of {expected}");
+                Ok(rate)
+            },
+            |rate| *rate > 0.6,
+        )?;
+        assert!(rate > 0.6, "{rate} of {expected}");
         // The other direction, and other connections, are as they were.
-        let free = connection.fetch(MEGABYTE)?;
-        assert!(free > 2.0 * expected, "{free}");
-        let free = other.transfer(MEGABYTE)?;
-        assert!(free > 2.0 * expected, "{free}");
+        let is_free = |rate: &f64| *rate > 2.0 * expected;
+        let back = of_five(|| connection.fetch(MEGABYTE), is_free)?;
+        assert!(is_free(&back), "{back}");
+        let free = of_five(|| other.transfer(MEGABYTE), is_free)?;
+        assert!(is_free(&free), "{free}");
         assert!(connection.is_mptcp());
         Ok(())
     });
 }
 
+pub const ON_A_ROUTER: &[Row] = &[
+    Row {
+        actions: &["set_window"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 2,
+        places: &[ROUTER_INGRESS],
+    },
+    Row {
+        actions: &["set_window"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 3,
+        places: &[ROUTER_XDP],
+    },
+];
+
 /// With checksums that the receiver sees.
 #[test]
 fn a_window_set_on_a_router() {
-    let options = mptcp_options(2, Announce::Signal);
-    everywhere(&options, &[ROUTER_INGRESS], Role::Server, |scene| {
+    everywhere(ON_A_ROUTER, &Options::default(), |scene| {
         let connection = throttled(scene);
         throttle(scene, connection.token(Role::Client));
         goes_on(&connection)?;
@@ -115,10 +153,16 @@ impl Socket {
 }
 
 /// Waits until what is recorded of a connection, or subflow, is what its socket says: the least
-/// round trip to 5 %, and what was sent exactly.
-fn agrees(environment: &Environment, path: u8, ports: [u16; 2]) {
+/// round trip to 5 %, and what was sent exactly. A round trip that other work made long is
+/// forgotten once `exchange` has made more.
+fn agrees(
+    environment: &Environment,
+    path: u8,
+    ports: [u16; 2],
+    exchange: impl Fn() -> Result<(), Differs>,
+) -> Result<(), Differs> {
     let mut last = String::new();
-    let found = (0..20).any(|_| {
+    for _ in 0..20 {
         let list = environment.json(Role::Client, &["connections", "--json", "--over", "20ms"]);
         let socket = Socket::of(environment, ports).unwrap();
         let mut subflows = (list.as_array().unwrap().iter())
@@ -134,29 +178,35 @@ fn agrees(environment: &Environment, path: u8, ports: [u16; 2]) {
         let rtt = local["rtt_us"]["min"].as_f64().unwrap_or(0.0) / 1e3;
         let received = subflow["remote"]["packets"].as_u64().unwrap();
         last = format!("path {path}: {rtt} ms {sent:?} {received}, {socket:?}");
-        (0.95..1.05).contains(&(rtt / socket.rtt_min))
+        if (0.95..1.05).contains(&(rtt / socket.rtt_min))
             && sent == socket.sent
             && received == socket.received
-    });
-    eprintln!("{last}");
-    assert!(found, "{last}");
+        {
+            eprintln!("{last}");
+            return Ok(());
+        }
+        exchange()?;
+    }
+    panic!("{last}");
 }
 
-/// TCP and MPTCP over paths of 20 and 5 ms, with losses.
-#[test]
-fn recorded_as_sockets_have_it() {
-    let environment = Environment::with(&Options {
-        delay: [20, 5].map(Duration::from_millis).to_vec(),
-        ..mptcp_options(2, Announce::Subflow)
-    });
+const PATHS: [u8; 3] = [1, 2, 3];
+const DELAYS: [u64; 3] = [20, 5, 10];
+
+/// TCP and MPTCP over paths of 20, 5 and 10 ms, with losses; packets come in by one of the hooks.
+fn recorded(ingress: &str) {
+    let options = Options {
+        delay: DELAYS.map(Duration::from_millis).to_vec(),
+        ..mptcp_options(PATHS.len() as u8, Announce::Subflow)
+    };
+    let environment = Environment::with(&options);
     let attach = |hooks: &[&str]| -> Value {
-        let both =
-            |hook| [1, 2].map(|path| json!({ "device": format!("path{path}"), "hook": hook }));
-        hooks.iter().flat_map(both).collect()
+        let all = |hook| PATHS.map(|path| json!({ "device": format!("path{path}"), "hook": hook }));
+        hooks.iter().flat_map(all).collect()
     };
     let record = json!({
         "name": "record",
-        "attach": attach(&["xdp", "tc-egress"]),
+        "attach": attach(&[ingress, "tc-egress"]),
         "actions": [{ "action": "record" }],
     });
     let lose = json!({
@@ -169,7 +219,7 @@ fn recorded_as_sockets_have_it() {
     environment.apply(Role::Client, &file(record));
     environment.apply(Role::Server, &file(lose));
     for family in 0..2 {
-        for path in [1, 2] {
+        for path in PATHS {
             let server = &environment.testbed.path(path).unwrap().server;
             let server: [IpAddr; 2] = [server.ipv4.into(), server.ipv6.into()];
             let mut connection = Connection::open(&environment, server[family], 0);
@@ -177,24 +227,37 @@ fn recorded_as_sockets_have_it() {
             connection.transfer(MEGABYTE);
             let end = |address: io::Result<SocketAddr>| address.unwrap().port();
             let client = &connection.client;
-            agrees(
-                &environment,
-                path,
-                [end(client.local_addr()), end(client.peer_addr())],
-            );
+            let ports = [end(client.local_addr()), end(client.peer_addr())];
+            let exchange = || {
+                connection.exchange(1);
+                Ok(())
+            };
+            agrees(&environment, path, ports, exchange).unwrap();
         }
         let server = server_addresses(&environment)[family];
-        let connection = exact(|| {
+        exact_on(&options, || {
             let connection = MptcpConnection::joined(&environment, server);
             connection.exchange(3)?;
             connection.transfer(2 * MEGABYTE)?;
-            Ok(connection)
+            for subflow in connection.subflows(&environment, Role::Client) {
+                let ports = [subflow.local.port(), subflow.peer.port()];
+                // What goes by each path.
+                let exchange = || connection.transfer(MEGABYTE / 4).map(drop);
+                agrees(&environment, subflow.path(), ports, exchange)?;
+            }
+            Ok(())
         });
-        for subflow in connection.subflows(&environment, Role::Client) {
-            let ports = [subflow.local.port(), subflow.peer.port()];
-            agrees(&environment, subflow.path(), ports);
-        }
     }
     let lost = environment.counter(Role::Client, "Tcp", "RetransSegs");
     assert!(lost >= 12, "{lost}");
+}
+
+#[test]
+fn recorded_as_sockets_have_it() {
+    recorded("xdp");
+}
+
+#[test]
+fn recorded_as_sockets_have_it_by_tc_alone() {
+    recorded("tc-ingress");
 }

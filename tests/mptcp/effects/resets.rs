@@ -3,12 +3,12 @@
 
 use std::fs;
 
-use policy_chain::testbed::{Announce, Role};
+use policy_chain::testbed::{Announce, Options, Role};
 use serde_json::json;
 
 use super::*;
 use crate::common::eventually;
-use crate::common::mptcp::{Differs, MptcpConnection, mptcp_options};
+use crate::common::mptcp::{Differs, MptcpConnection};
 use crate::common::spawned::Spawned;
 
 /// `ip mptcp monitor` on a host, ended when dropped.
@@ -65,20 +65,46 @@ fn reset(scene: &Scene, path: u8) -> Result<(), Differs> {
     Ok(())
 }
 
+pub const SECOND: &[Row] = &[
+    Row {
+        actions: &["reset_subflow"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP, ROUTER_INGRESS],
+    },
+    Row {
+        actions: &["reset_subflow"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 3,
+        places: &[EGRESS, ROUTER_XDP],
+    },
+];
+
 #[test]
 fn second_subflow_reset() {
-    let options = mptcp_options(2, Announce::Subflow);
-    let places = [EGRESS, INGRESS, XDP, ROUTER_XDP];
-    everywhere(&options, &places, Role::Client, |scene| reset(scene, 2));
-    let options = mptcp_options(3, Announce::Signal);
-    everywhere(&options, &[EGRESS], Role::Server, |scene| reset(scene, 2));
+    everywhere(SECOND, &Options::default(), |scene| reset(scene, 2));
 }
+
+pub const FIRST: &[Row] = &[
+    Row {
+        actions: &["reset_subflow"],
+        sender: Role::Server,
+        announce: Announce::Signal,
+        paths: 2,
+        places: &[EGRESS, INGRESS, XDP, ROUTER_EGRESS],
+    },
+    Row {
+        actions: &["reset_subflow"],
+        sender: Role::Client,
+        announce: Announce::Subflow,
+        paths: 2,
+        places: &[XDP],
+    },
+];
 
 #[test]
 fn first_subflow_reset() {
-    let options = mptcp_options(2, Announce::Signal);
-    let places = [EGRESS, INGRESS, XDP, ROUTER_EGRESS];
-    everywhere(&options, &places, Role::Server, |scene| reset(scene, 1));
-    let options = mptcp_options(2, Announce::Subflow);
-    everywhere(&options, &[XDP], Role::Client, |scene| reset(scene, 1));
+    everywhere(FIRST, &Options::default(), |scene| reset(scene, 1));
 }
