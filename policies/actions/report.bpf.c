@@ -40,12 +40,9 @@ static __always_inline bool is_worth(hook_ctx *ctx, const struct mptcp_segment *
 
 	if (mptcp->index & INDEX_REPORTED)
 		return true;
-	if (mptcp->subflow && mptcp->subflow->flags & SUBFLOW_IS_MPTCP &&
+	/* of one that became plain TCP, too: who was told of its SYN is told of its end */
+	if (mptcp->subflow && mptcp->subflow->flags & (SUBFLOW_IS_MPTCP | SUBFLOW_REFUSED) &&
 	    mptcp->segment.flags & (TCP_FLAG_SYN | TCP_FLAG_FIN | TCP_FLAG_RST))
-		return true;
-	/* the SYN-ACK by which it became plain TCP */
-	if (mptcp->subflow && mptcp->subflow->flags & SUBFLOW_REFUSED &&
-	    mptcp->segment.flags & TCP_FLAG_SYN)
 		return true;
 	dss = mptcp_option(ctx, &mptcp->segment, mptcp->index, MPTCP_SUBTYPE_DSS, DSS_BASE);
 	return dss && (dss[3] & DSS_FLAG_FIN || dss_is_infinite(ctx, mptcp, dss));

@@ -284,10 +284,9 @@ impl Subflows {
         let edge = segment.has(SYN) || segment.has(FIN) || segment.has(RST);
         let ends = |dss: &Bytes| dss[3] & DATA_FIN != 0 || signals.falls_back(dss);
         let known = self.flows.get(&signals.flow);
-        let refused = known.is_some_and(|known| known.refused) && segment.has(SYN);
+        let refused = known.is_some_and(|known| known.refused);
         other
-            || refused
-            || (self.knows(signals) && edge)
+            || ((refused || self.knows(signals)) && edge)
             || signals.option(DSS, 4).is_some_and(ends)
     }
 

@@ -463,7 +463,7 @@ fn report_tells_of_signals() {
     }
 }
 
-/// A connection that became TCP has no more signals than that.
+/// A connection that became TCP has no more signals than that, and its end.
 #[test]
 fn report_tells_of_refusal() {
     let chain = file(json!({ "actions": [{ "action": "report" }] }));
@@ -477,11 +477,11 @@ fn report_tells_of_refusal() {
                 same("SYN-ACK", &connection.server().flags(SYN | ACK)),
                 dull("ACK", &connection.client()),
                 dull("data", &connection.server().payload(b"data")),
-                dull("FIN", &connection.client().flags(FIN | ACK)),
-                dull("RST", &connection.server().flags(RST)),
+                same("FIN", &connection.client().flags(FIN | ACK)),
+                same("RST", &connection.server().flags(RST)),
             ];
             check_rows(&mut bench, "report", &rows);
-            assert_eq!(events(&bench).len(), 3);
+            assert_eq!(events(&bench).len(), 5);
         }
     }
 }
