@@ -38,6 +38,8 @@ demo: install-deps root
 	$(CARGO) build --release --bins --example transfer
 	$(SUDO) tools/demo.sh $(TARGET)/release/policy-chain $(TARGET)/release/examples/transfer
 
+# Tests in network namespaces wait more than they compute.
+test: export RUST_TEST_THREADS ?= $(shell echo $$(($$(nproc) * 3 / 2)))
 test: install-deps root
 	$(CARGO) test $(TEST_FLAGS)
 	@$(MAKE) --no-print-directory kernels KERNELS_FLAGS=--optional
