@@ -22,21 +22,6 @@ PARAMS;
 
 #define TCPRST_TRANSIENT 1
 
-/* Makes the segment a RST in place. */
-static __always_inline enum reason flags_to_reset(hook_ctx *ctx, const struct segment *segment)
-{
-	const __u32 offset = 12; /* data offset and flags */
-	__u8 *field = pkt_at(ctx, segment->at.transport + offset, 2);
-	__be16 word;
-
-	if (!field)
-		return REASON_TRUNCATED;
-	__builtin_memcpy(&word, field, sizeof(word));
-	word &= ~bpf_htons(TCP_FLAG_FIN | TCP_FLAG_PSH | TCP_FLAG_URG | TCP_FLAG_SYN);
-	word |= bpf_htons(TCP_FLAG_RST);
-	return tcp_store16(ctx, segment, offset, word);
-}
-
 ACTION(reset_subflow,
        "end the subflow for the receiver: each packet becomes a RST with MP_TCPRST, or one in a while "
        "with `every`; the connection goes on by its other subflows")
@@ -45,6 +30,7 @@ ACTION(reset_subflow,
 	struct mptcp_segment mptcp = {};
 	enum reason reason = mptcp_parse(ctx, &mptcp);
 	__u64 marked;
+	__u32 flags;
 
 	if (reason)
 		return SKIP(reason);
@@ -61,11 +47,7 @@ ACTION(reset_subflow,
 	mptcp_option_begin(scratch, MPTCP_SUBTYPE_MP_TCPRST,
 			   PARAM(transient) ? TCPRST_TRANSIENT : 0, MP_TCPRST_LENGTH);
 	scratch->insert[3] = PARAM(reason);
-	reason = tcp_options_exchange(ctx, &mptcp.segment, scratch, marked, MP_TCPRST_LENGTH);
-	if (reason)
-		return SKIP(reason);
-	/* The header may have grown. */
-	if (parse_tcp(ctx, &mptcp.segment) || flags_to_reset(ctx, &mptcp.segment))
-		return SKIP(REASON_HALF_DONE);
-	return DONE;
+	flags = mptcp.segment.flags & ~(TCP_FLAG_FIN | TCP_FLAG_PSH | TCP_FLAG_URG);
+	return done_or_skip(tcp_options_exchange(ctx, &mptcp.segment, scratch, marked,
+						 MP_TCPRST_LENGTH, flags | TCP_FLAG_RST));
 }

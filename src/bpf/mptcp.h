@@ -149,5 +149,5 @@ static __always_inline enum reason mptcp_insert(hook_ctx *ctx, const struct segm
 			marked = tcp_options_marked(ctx, segment, OPTION_KIND_MPTCP,
 						    MPTCP_SUBTYPE_DSS);
 	}
-	return tcp_options_exchange(ctx, segment, scratch, marked, size);
+	return tcp_options_exchange(ctx, segment, scratch, marked, size, segment->flags);
 }

@@ -36,7 +36,7 @@ static __always_inline enum reason parse_tcp(hook_ctx *ctx, struct segment *segm
 		return REASON_BAD_HEADER;
 	if (segment->at.transport + segment->header > pkt_linear_length(ctx))
 		return REASON_TRUNCATED;
-	segment->flags = bpf_ntohs(*((__be16 *)tcp + 6)) & 0x1ff;
+	segment->flags = bpf_ntohs(*((__be16 *)tcp + 6)) & TCP_FLAGS;
 	return REASON_NONE;
 }
 

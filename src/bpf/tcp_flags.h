@@ -14,3 +14,5 @@ enum tcp_flag {
 	TCP_FLAG_CWR = 1 << 7,
 	TCP_FLAG_AE = 1 << 8,	/* accurate ECN, formerly NS */
 };
+
+#define TCP_FLAGS 0x1ff /* all of them */

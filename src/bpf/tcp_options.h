@@ -359,13 +359,14 @@ static __always_inline enum reason ip_resize(hook_ctx *ctx, const struct headers
 }
 
 /*
- * Writes the first `total` bytes of pc_options.new, a multiple of 4, over the options. The
- * packet must have its new length already, and its payload stand where it will. Everything
+ * Writes the first `total` bytes of pc_options.new, a multiple of 4, over the options, and `flags`
+ * (enum tcp_flag) in the place of those of the segment. The packet must have its new length already, and its payload stand where it will. Everything
  * fallible that can be done before the first change is.
  */
 static __always_inline enum reason tcp_options_write(hook_ctx *ctx, const struct segment *segment,
 						     struct options_scratch *scratch,
-						     enum checksum checksum, __u32 total)
+						     enum checksum checksum, __u32 total,
+						     __u32 flags)
 {
 	__u32 options = segment->at.transport + sizeof(struct tcphdr);
 	__u32 header = sizeof(struct tcphdr) + total;
@@ -380,7 +381,7 @@ static __always_inline enum reason tcp_options_write(hook_ctx *ctx, const struct
 	if (total > TCP_MAX_OPTIONS)
 		return REASON_NO_ROOM;
 	__builtin_memcpy(&old, doff, sizeof(old));
-	new = bpf_htons((bpf_ntohs(old) & 0x0fff) | header / 4 << 12);
+	new = bpf_htons((bpf_ntohs(old) & 0x0fff & ~TCP_FLAGS) | flags | header / 4 << 12);
 	difference = csum_diff16(old, new);
 	/* both buffers are zero behind the options they hold */
 	difference += bpf_csum_diff((__be32 *)scratch->old, TCP_MAX_OPTIONS,
@@ -423,13 +424,13 @@ static __always_inline bool tcp_options_may_grow(hook_ctx *ctx, const struct seg
 /*
  * Inserts the option of `size` bytes that stands in scratch->insert, and leaves out those whose
  * bytes are marked: at the end of a segment without payload, which grows, up to 60 bytes of
- * header; elsewhere in the place of NOPs, the length staying what it is. Retryable: on
- * REASON_NO_ROOM the next packet may have room.
+ * header; elsewhere in the place of NOPs, the length staying what it is. Its flags become `flags`
+ * (enum tcp_flag). Retryable: on REASON_NO_ROOM the next packet may have room.
  */
 static __always_inline enum reason tcp_options_exchange(hook_ctx *ctx,
 							const struct segment *segment,
 							struct options_scratch *scratch,
-							__u64 marked, __u32 size)
+							__u64 marked, __u32 size, __u32 flags)
 {
 	__u32 length = segment->header - sizeof(struct tcphdr);
 	enum squeeze squeeze = segment_is_bare(segment) && !segment->at.fragmented ?
@@ -463,13 +464,13 @@ static __always_inline enum reason tcp_options_exchange(hook_ctx *ctx,
 	if (total > length &&
 	    pkt_grow(ctx, segment->at.end, segment->at.end + total - length))
 		return REASON_HELPER_FAILED;
-	return tcp_options_write(ctx, segment, scratch, checksum, total);
+	return tcp_options_write(ctx, segment, scratch, checksum, total, flags);
 }
 
 static __always_inline enum reason tcp_options_insert(hook_ctx *ctx, const struct segment *segment,
 						      struct options_scratch *scratch, __u32 size)
 {
-	return tcp_options_exchange(ctx, segment, scratch, 0, size);
+	return tcp_options_exchange(ctx, segment, scratch, 0, size, segment->flags);
 }
 
 #if defined(HOOK_XDP)
@@ -561,7 +562,7 @@ static __always_inline enum reason tcp_options_remove(hook_ctx *ctx, const struc
 		if (reason)
 			return reason;
 	}
-	return tcp_options_write(ctx, segment, scratch, checksum, total);
+	return tcp_options_write(ctx, segment, scratch, checksum, total, segment->flags);
 }
 
 #else

@@ -435,10 +435,7 @@ impl Model {
         bytes: &[u8],
     ) -> Result<(), Reason> {
         let kind = self.checksum(frame, &segment.ip)?;
-        let before = frame.to_vec();
-        let at = segment.ip.transport + offset;
-        frame[at..at + bytes.len()].copy_from_slice(bytes);
-        sums::update(kind, (&before, &segment.ip), (frame, &segment.ip));
+        overwrite_as(kind, frame, segment, offset, bytes);
         Ok(())
     }
 
@@ -621,12 +618,13 @@ impl Model {
         let mut present = Options::parse(segment.options(frame))?;
         present.list.retain(|option| option[0] != MPTCP);
         let option = [MPTCP, 4, 0x80 | u8::from(transient), reason];
+        let kind = self.checksum(frame, &segment.ip);
         self.put_behind(frame, segment, &present, &option)?;
         let segment = layers::tcp(frame)?;
         let at = segment.ip.transport + 12;
         let flags = (sums::read(frame, at) | RST) & !(FIN | SYN | PSH | URG);
-        self.overwrite(frame, &segment, 12, &flags.to_be_bytes())
-            .map_err(|_| "half_done")
+        overwrite_as(kind?, frame, &segment, 12, &flags.to_be_bytes());
+        Ok(())
     }
 
     /// Gives a segment these options with another one behind them, by growing or in place of NOPs.
@@ -717,6 +715,14 @@ impl Model {
 
 /// Puts the frame `after`, of the length it shall have, and with another option space, in the
 /// place of `frame`.
+/// Puts other bytes in the place of as many at `offset` of the TCP header.
+fn overwrite_as(kind: Kind, frame: &mut [u8], segment: &Segment, offset: usize, bytes: &[u8]) {
+    let before = frame.to_vec();
+    let at = segment.ip.transport + offset;
+    frame[at..at + bytes.len()].copy_from_slice(bytes);
+    sums::update(kind, (&before, &segment.ip), (frame, &segment.ip));
+}
+
 fn resize(frame: &mut Vec<u8>, segment: &Segment, kind: Kind, mut after: Vec<u8>, options: &[u8]) {
     let at = segment.ip.transport + 20;
     after[at..at + options.len()].copy_from_slice(options);
