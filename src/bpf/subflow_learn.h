@@ -10,8 +10,9 @@
 static __always_inline void subflow_learn_keys(hook_ctx *ctx, struct mptcp_segment *mptcp,
 					       bool keep_keys)
 {
-	struct connection_keys keys, back;
+	struct connection_keys keys; /* turned round in place: the stack is tight */
 	struct connection connection;
+	__be64 first;
 	__u32 own, peer;
 	__u8 *capable = mptcp_option(ctx, &mptcp->segment, mptcp->index,
 				     MPTCP_SUBTYPE_MP_CAPABLE, MP_CAPABLE_WITH_KEYS);
@@ -30,10 +31,11 @@ static __always_inline void subflow_learn_keys(hook_ctx *ctx, struct mptcp_segme
 	connection.peer_token = own;
 	bpf_map_update_elem(&pcn_connections, &peer, &connection, 0);
 	if (keep_keys) {
-		back.own = keys.peer;
-		back.peer = keys.own;
 		bpf_map_update_elem(&pcn_keys, &own, &keys, 0);
-		bpf_map_update_elem(&pcn_keys, &peer, &back, 0);
+		first = keys.own;
+		keys.own = keys.peer;
+		keys.peer = first;
+		bpf_map_update_elem(&pcn_keys, &peer, &keys, 0);
 	}
 	subflow_end(mptcp->subflow, mptcp->sender)->token = own;
 	subflow_end(mptcp->subflow, !mptcp->sender)->token = peer;
