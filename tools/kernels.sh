@@ -14,7 +14,7 @@ kernels='6.1 6.12'
 # Which tables of packets: some, or all, which take longer.
 rows=${ROWS:-some}
 # Seconds for all kernels, which run side by side.
-cap=600
+cap=1200
 [ "$rows" = some ] || cap=1800
 
 optional=
