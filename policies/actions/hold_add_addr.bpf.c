@@ -36,9 +36,7 @@ static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segmen
 	slot = held_slot(held, mptcp->sender, option[3]);
 	if (!slot || length < 4 || length > HELD_MAX)
 		return REASON_BAD_OPTION;
-	/* what is older than the subflow is of another one with its ports */
-	same = slot->length && slot->option[3] == option[3] &&
-	       slot->since >= mptcp->subflow->opened_at;
+	same = held_is_of(slot, mptcp->subflow) && slot->option[3] == option[3];
 	length = bounded(length - 1, sizeof(slot->option) - 1) + 1;
 	if (pkt_load(ctx, at, slot->option, length))
 		return REASON_TRUNCATED;

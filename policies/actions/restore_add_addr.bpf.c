@@ -22,9 +22,7 @@ static __always_inline struct held_option *held_due(const struct mptcp_segment *
 #pragma unroll
 	for (i = 0; i < HELD_SLOTS; i++) {
 		slot = mptcp->sender ? &held->ends[1][i] : &held->ends[0][i];
-		/* what is older than the subflow is of another one with its ports */
-		if (slot->length && slot->since >= mptcp->subflow->opened_at &&
-		    now - slot->since >= params.after)
+		if (held_is_of(slot, mptcp->subflow) && now - slot->since >= params.after)
 			return slot;
 	}
 	return (void *)0;

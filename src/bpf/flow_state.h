@@ -59,24 +59,16 @@ static __always_inline enum reason flow_end_read(hook_ctx *ctx, const struct seg
 
 /*
  * Takes note of a SYN or SYN-ACK. A SYN begins a connection, unless it is the one that did
- * so, sent again; one that cannot be read leaves the connection unknown.
+ * so, sent again; one that cannot be read leaves the connection unknown. `initial` is its sequence
+ * number.
  */
-static __always_inline void flow_learn(hook_ctx *ctx, const struct segment *segment)
+static __always_inline void flow_learn(hook_ctx *ctx, const struct segment *segment,
+				       const struct flow_id *id, __u32 sender, __be32 initial)
 {
-	struct flow_state state = {}, *known;
+	struct flow_state state = { .syn = initial, .initiator = sender }, *known;
 	struct flow_end end = {};
-	struct flow_id id = {};
-	struct tcphdr *tcp;
-	__u32 sender;
 
-	if (flow_identify(ctx, &segment->at, &id, &sender))
-		return;
-	tcp = pkt_at(ctx, segment->at.transport, sizeof(*tcp));
-	if (!tcp)
-		return;
-	state.syn = tcp->seq;
-	state.initiator = sender;
-	known = bpf_map_lookup_elem(&pcd_flows, &id);
+	known = bpf_map_lookup_elem(&pcd_flows, id);
 	if (segment->flags & TCP_FLAG_ACK) {
 		state.syn = 0;
 		state.initiator = !sender;
@@ -89,12 +81,12 @@ static __always_inline void flow_learn(hook_ctx *ctx, const struct segment *segm
 		state.syn_seen = true;
 	}
 	if (flow_end_read(ctx, segment, &end)) {
-		bpf_map_delete_elem(&pcd_flows, &id);
+		bpf_map_delete_elem(&pcd_flows, id);
 		return;
 	}
 	if (sender)
 		state.ends[1] = end;
 	else
 		state.ends[0] = end;
-	bpf_map_update_elem(&pcd_flows, &id, &state, 0 /* BPF_ANY */);
+	bpf_map_update_elem(&pcd_flows, id, &state, 0 /* BPF_ANY */);
 }

@@ -20,3 +20,10 @@ static __always_inline struct held_option *held_slot(struct held_options *held, 
 		return (void *)0;
 	return sender ? &held->ends[1][slot] : &held->ends[0][slot];
 }
+
+/* Whether the slot holds an address of this subflow: an older one is of another with its ports. */
+static __always_inline bool held_is_of(const struct held_option *slot,
+				       const struct subflow *subflow)
+{
+	return slot->length && slot->since >= subflow->opened_at;
+}

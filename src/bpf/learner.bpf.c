@@ -16,17 +16,32 @@ struct params {
 };
 PARAMS;
 
-ACTION(learner, "remember what packets tell of their connections")
+/* What a SYN or SYN-ACK says of its connection. */
+static __always_inline void handshake_learn(hook_ctx *ctx)
 {
 	struct segment segment;
+	struct flow_id id = {};
+	struct tcphdr *tcp;
+	__be32 initial;
+	__u32 sender;
 
-	if ((params.handshakes || params.openings) && !parse_tcp(ctx, &segment) &&
-	    segment.flags & TCP_FLAG_SYN) {
-		if (params.openings)
-			opening_learn(ctx, &segment);
-		if (params.handshakes)
-			flow_learn(ctx, &segment);
-	}
+	if (parse_tcp(ctx, &segment) || !(segment.flags & TCP_FLAG_SYN) ||
+	    flow_identify(ctx, &segment.at, &id, &sender))
+		return;
+	tcp = pkt_at(ctx, segment.at.transport, sizeof(*tcp));
+	if (!tcp)
+		return;
+	initial = tcp->seq;
+	if (params.openings)
+		opening_learn(&segment, &id, sender, initial);
+	if (params.handshakes)
+		flow_learn(ctx, &segment, &id, sender, initial);
+}
+
+ACTION(learner, "remember what packets tell of their connections")
+{
+	if (params.handshakes || params.openings)
+		handshake_learn(ctx);
 	if (params.subflows)
 		subflow_learn(ctx, params.secrets, params.acks);
 	return DONE;

@@ -25,23 +25,14 @@ struct {
 
 /*
  * Takes note of a SYN or SYN-ACK. One sent again has the same sequence number, and a SYN-ACK that
- * answers the SYN is of the same connection.
+ * answers the SYN is of the same connection. `initial` is its sequence number.
  */
-static __always_inline void opening_learn(hook_ctx *ctx, const struct segment *segment)
+static __always_inline void opening_learn(const struct segment *segment, const struct flow_id *id,
+					  __u32 sender, __be32 initial)
 {
 	struct opening new = {}, *known;
-	struct flow_id id = {};
-	struct tcphdr *tcp;
-	__be32 initial;
-	__u32 sender;
 
-	if (flow_identify(ctx, &segment->at, &id, &sender))
-		return;
-	tcp = pkt_at(ctx, segment->at.transport, sizeof(*tcp));
-	if (!tcp)
-		return;
-	initial = tcp->seq;
-	known = bpf_map_lookup_elem(&pcd_openings, &id);
+	known = bpf_map_lookup_elem(&pcd_openings, id);
 	if (known) {
 		__u8 seen = sender ? known->seen[1] : known->seen[0];
 		__be32 before = sender ? known->initial[1] : known->initial[0];
@@ -61,5 +52,5 @@ static __always_inline void opening_learn(hook_ctx *ctx, const struct segment *s
 		new.initial[0] = initial;
 		new.seen[0] = true;
 	}
-	bpf_map_update_elem(&pcd_openings, &id, &new, 0 /* BPF_ANY */);
+	bpf_map_update_elem(&pcd_openings, id, &new, 0 /* BPF_ANY */);
 }

@@ -360,8 +360,9 @@ static __always_inline enum reason ip_resize(hook_ctx *ctx, const struct headers
 
 /*
  * Writes the first `total` bytes of pc_options.new, a multiple of 4, over the options, and `flags`
- * (enum tcp_flag) in the place of those of the segment. The packet must have its new length already, and its payload stand where it will. Everything
- * fallible that can be done before the first change is.
+ * (enum tcp_flag) in the place of those of the segment. The packet must have its new length already,
+ * and its payload stand where it will. Everything fallible that can be done before the first change
+ * is.
  */
 static __always_inline enum reason tcp_options_write(hook_ctx *ctx, const struct segment *segment,
 						     struct options_scratch *scratch,
