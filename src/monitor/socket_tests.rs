@@ -56,6 +56,22 @@ fn subscriber(name: &SocketAddr) -> Subscription {
     Subscription::new(name.clone(), Box::new(make)).unwrap()
 }
 
+/// Makes subscribers that serve where they find no server. There is one source for all of them.
+fn heirs(
+    name: &SocketAddr,
+    receiver: Receiver<(u64, Event)>,
+) -> impl Fn() -> Subscription + Sync + use<> {
+    let source = Arc::new(Mutex::new(Some(receiver)));
+    let name = name.clone();
+    move || {
+        let source = Arc::clone(&source);
+        let make = move || -> Result<Box<dyn Source>> {
+            Ok(Box::new(Fed(source.lock().unwrap().take().unwrap())))
+        };
+        Subscription::new(name.clone(), Box::new(make)).unwrap()
+    }
+}
+
 fn receive(subscription: &mut Subscription) -> Message {
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end {
@@ -171,11 +187,7 @@ fn stopping_waits_for_nobody_for_long() {
 fn who_finds_no_server_becomes_it() {
     let name = unique("become");
     let (sender, receiver) = channel();
-    let source = Mutex::new(Some(receiver));
-    let make = move || -> Result<Box<dyn Source>> {
-        Ok(Box::new(Fed(source.lock().unwrap().take().unwrap())))
-    };
-    let mut first = Subscription::new(name.clone(), Box::new(make)).unwrap();
+    let mut first = heirs(&name, receiver)();
     assert!(first.is_server());
     let mut second = subscriber(&name);
     sender.send((LATE, event(1))).unwrap();
@@ -198,11 +210,7 @@ fn another_takes_over() {
     let name = unique("over");
     let (server, sender) = start(&name);
     let (next_sender, receiver) = channel();
-    let source = Mutex::new(Some(receiver));
-    let make = move || -> Result<Box<dyn Source>> {
-        Ok(Box::new(Fed(source.lock().unwrap().take().unwrap())))
-    };
-    let mut heir = Subscription::new(name.clone(), Box::new(make)).unwrap();
+    let mut heir = heirs(&name, receiver)();
     assert!(!heir.is_server());
     sender.send((LATE, event(1))).unwrap();
     assert_eq!(receive(&mut heir), Message::Event(event(1)));
@@ -226,14 +234,7 @@ fn a_newcomer_takes_nothing_from_followers() {
     let stuck = UnixStream::connect_addr(&name).unwrap();
     thread::sleep(2 * TICK);
     let (next, receiver) = channel();
-    let source = Arc::new(Mutex::new(Some(receiver)));
-    let subscribe = || {
-        let source = Arc::clone(&source);
-        let make = move || -> Result<Box<dyn Source>> {
-            Ok(Box::new(Fed(source.lock().unwrap().take().unwrap())))
-        };
-        Subscription::new(name.clone(), Box::new(make)).unwrap()
-    };
+    let subscribe = heirs(&name, receiver);
     thread::scope(|scope| {
         let follower = scope.spawn(|| {
             let mut follower = subscribe();
@@ -296,16 +297,9 @@ fn each_begins_at_its_own_time() {
 fn many_at_once_have_one_server() {
     let name = unique("race");
     let (sender, receiver) = channel();
-    let source = Arc::new(Mutex::new(Some(receiver)));
-    let subscribe = || {
-        let source = Arc::clone(&source);
-        let make = move || -> Result<Box<dyn Source>> {
-            Ok(Box::new(Fed(source.lock().unwrap().take().unwrap())))
-        };
-        Subscription::new(name.clone(), Box::new(make)).unwrap()
-    };
+    let subscribe = heirs(&name, receiver);
     let mut all: Vec<Subscription> = thread::scope(|scope| {
-        let threads: Vec<_> = (0..8).map(|_| scope.spawn(subscribe)).collect();
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(&subscribe)).collect();
         threads
             .into_iter()
             .map(|thread| thread.join().unwrap())
