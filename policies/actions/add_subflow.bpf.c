@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #include "policy.h"
-#include "mptcp_acks.h"
+#include "mptcp_add.h"
 #include "mptcp_keys.h"
 
 struct params {
@@ -65,7 +65,7 @@ ACTION(add_subflow,
 
 	if (reason)
 		return SKIP(reason);
-	own = subflow_end(mptcp.subflow, mptcp.sender);
+	own = subflow_end(mptcp.subflow, mptcp.from.end);
 	if (announced_lately(own, params.apart))
 		return SKIP(REASON_NOT_DUE);
 	keys = bpf_map_lookup_elem(&pcn_keys, &own->token);

@@ -22,7 +22,7 @@ static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segmen
 					__u64 marked, struct held_option **kept)
 {
 	__u32 at = mptcp->segment.at.transport + sizeof(struct tcphdr) + lowest_bit(marked);
-	struct held_options *held = held_of(&mptcp->flow);
+	struct held_options *held = held_of(&mptcp->from.flow);
 	struct held_option *slot;
 	__u8 *option = pkt_at(ctx, at, 4);
 	__u32 length;
@@ -33,7 +33,7 @@ static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segmen
 	if (!option)
 		return REASON_TRUNCATED;
 	length = option[1];
-	slot = held_slot(held, mptcp->sender, option[3]);
+	slot = held_slot(held, mptcp->from.end, option[3]);
 	if (!slot || length < 4 || length > HELD_MAX)
 		return REASON_BAD_OPTION;
 	same = held_is_of(slot, mptcp->subflow) && slot->option[3] == option[3];
@@ -41,8 +41,10 @@ static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segmen
 	if (pkt_load(ctx, at, slot->option, length))
 		return REASON_TRUNCATED;
 	/* sent again, it is still the one held */
-	if (!same)
+	if (!same) {
 		slot->since = bpf_ktime_get_ns();
+		slot->given = 0;
+	}
 	slot->length = length;
 	*kept = slot;
 	return REASON_NONE;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #include "policy.h"
-#include "mptcp_acks.h"
+#include "mptcp_add.h"
 
 struct params {
 	bool backup __required
@@ -26,6 +26,6 @@ ACTION(mp_prio,
 			   MP_PRIO_LENGTH);
 	reason = mptcp_add(ctx, &mptcp, scratch, MP_PRIO_LENGTH);
 	if (!reason)
-		subflow_end(mptcp.subflow, mptcp.sender)->backup = PARAM(backup);
+		subflow_end(mptcp.subflow, mptcp.from.end)->backup = PARAM(backup);
 	return done_or_skip(reason);
 }

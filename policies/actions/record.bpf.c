@@ -106,13 +106,13 @@ ACTION(record,
 	sequence = bpf_ntohl(tcp->seq);
 	if (!mptcp.subflow) {
 		opens = (mptcp.segment.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) == TCP_FLAG_SYN;
-		mptcp.subflow = subflow_begin(&mptcp.flow, mptcp.sender,
-					      opens ? mptcp.sender : INITIATOR_UNKNOWN, sequence);
+		mptcp.subflow = subflow_begin(&mptcp.from.flow, mptcp.from.end,
+					      opens ? mptcp.from.end : INITIATOR_UNKNOWN, sequence);
 		if (!mptcp.subflow)
 			return SKIP(REASON_HELPER_FAILED);
 	}
-	own = subflow_end(mptcp.subflow, mptcp.sender);
-	peer = subflow_end(mptcp.subflow, !mptcp.sender);
+	own = subflow_end(mptcp.subflow, mptcp.from.end);
+	peer = subflow_end(mptcp.subflow, !mptcp.from.end);
 	own->seen_at = now;
 	/* Of those it knew, the learner has taken note. */
 	if (mptcp.segment.flags & TCP_FLAG_FIN)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #include "policy.h"
-#include "mptcp_acks.h"
+#include "mptcp_add.h"
 
 struct params {
 	__u8 id __required

@@ -87,8 +87,8 @@ static __always_inline enum reason report_fill(hook_ctx *ctx, const struct mptcp
 	if (!tcp || length > TCP_MAX_OPTIONS)
 		return REASON_TRUNCATED;
 	report->at = bpf_ktime_get_ns();
-	report->source = mptcp->flow.address[mptcp->sender & 1];
-	report->destination = mptcp->flow.address[!mptcp->sender];
+	report->source = mptcp->from.flow.address[mptcp->from.end & 1];
+	report->destination = mptcp->from.flow.address[!mptcp->from.end];
 	report->source_port = tcp->source;
 	report->destination_port = tcp->dest;
 	report->ifindex = pkt_ifindex(ctx);
@@ -99,8 +99,8 @@ static __always_inline enum reason report_fill(hook_ctx *ctx, const struct mptcp
 	report->source_token = 0;
 	report->destination_token = 0;
 	if (mptcp->subflow) {
-		report->source_token = subflow_end(mptcp->subflow, mptcp->sender)->token;
-		report->destination_token = subflow_end(mptcp->subflow, !mptcp->sender)->token;
+		report->source_token = subflow_end(mptcp->subflow, mptcp->from.end)->token;
+		report->destination_token = subflow_end(mptcp->subflow, !mptcp->from.end)->token;
 	}
 	report->tcp_flags = segment->flags;
 	report->ingress = !!(node.flags & NODE_INGRESS);

@@ -1,18 +1,38 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #include "policy.h"
 #include "held.h"
-#include "mptcp_acks.h"
+#include "mptcp_add.h"
 
 struct params {
 	duration_t after __doc("how long it is held, from when it was first taken out");
 	duration_t apart __default("100ms") __doc(APART_DOC);
+	duration_t repeat __default("1s")
+		__doc("how long the receiver's echo is waited for before an address is given again, "
+		      "three times at most; 0s: it is given once");
 };
 PARAMS;
+
+/* Whether it is its time: the first, or again. */
+static __always_inline bool held_waited(const struct held_option *slot, __u64 now)
+{
+	__u64 waited = now - slot->since;
+
+	return slot->given ? params.repeat && waited >= params.repeat : waited >= params.after;
+}
+
+/* It was given. */
+static __always_inline void held_given(struct held_option *slot)
+{
+	slot->since = bpf_ktime_get_ns();
+	slot->given++;
+	if (!params.repeat || slot->given >= HELD_GIVEN_MAX)
+		slot->length = 0;
+}
 
 /* The sender's option to give next; NULL: none is due. */
 static __always_inline struct held_option *held_due(const struct mptcp_segment *mptcp)
 {
-	struct held_options *held = bpf_map_lookup_elem(&pcd_held, &mptcp->flow);
+	struct held_options *held = bpf_map_lookup_elem(&pcd_held, &mptcp->from.flow);
 	struct held_option *slot;
 	__u64 now = bpf_ktime_get_ns();
 	__u32 i;
@@ -21,8 +41,8 @@ static __always_inline struct held_option *held_due(const struct mptcp_segment *
 		return (void *)0;
 #pragma unroll
 	for (i = 0; i < HELD_SLOTS; i++) {
-		slot = mptcp->sender ? &held->ends[1][i] : &held->ends[0][i];
-		if (held_is_of(slot, mptcp->subflow) && now - slot->since >= params.after)
+		slot = mptcp->from.end ? &held->ends[1][i] : &held->ends[0][i];
+		if (held_is_of(slot, mptcp->subflow) && held_waited(slot, now))
 			return slot;
 	}
 	return (void *)0;
@@ -41,7 +61,7 @@ ACTION(restore_add_addr, "give back what hold_add_addr holds, one address on a p
 	held = held_due(&mptcp);
 	if (!held)
 		return SKIP(REASON_NOT_HELD);
-	if (announced_lately(subflow_end(mptcp.subflow, mptcp.sender), params.apart))
+	if (announced_lately(subflow_end(mptcp.subflow, mptcp.from.end), params.apart))
 		return SKIP(REASON_NOT_DUE);
 	size = held->length;
 	if (size > HELD_MAX)
@@ -49,6 +69,6 @@ ACTION(restore_add_addr, "give back what hold_add_addr holds, one address on a p
 	__builtin_memcpy(scratch->insert, held->option, HELD_MAX);
 	reason = mptcp_announce(ctx, &mptcp, scratch, size);
 	if (!reason)
-		held->length = 0;
+		held_given(held);
 	return done_or_skip(reason);
 }

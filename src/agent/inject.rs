@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error, Result};
 
 use super::{Duty, Failures};
-use crate::engine::bpf::types::{ack_key, held_options, saved_ack, subflow, subflow_flags};
+use crate::engine::bpf::types::{held_options, saved_ack, sender, subflow, subflow_flags};
 use crate::engine::bpf::{bytes_of, value_of};
 use crate::engine::store::{Attachment, Stamp, Store};
 use crate::engine::sys;
@@ -229,7 +229,7 @@ impl Injector {
         let now = sys::monotonic().context("read the clock")?;
         let entries = sys::map_dump(&at.acks).context("read the saved acknowledgements")?;
         for (key, value) in entries.iter() {
-            let (Some(name), Some(ack)) = (value_of::<ack_key>(key), value_of::<saved_ack>(value))
+            let (Some(name), Some(ack)) = (value_of::<sender>(key), value_of::<saved_ack>(value))
             else {
                 continue;
             };
@@ -246,20 +246,20 @@ impl Injector {
                 sys::map_delete(&at.acks, key).context("forget a saved acknowledgement")?;
                 continue;
             };
-            if !may_be_due || !has_shown_data(&known, name.sender) {
+            if !may_be_due || !has_shown_data(&known, name.end) {
                 continue;
             }
             let waits = at.waits(&name, &known).context("read what is held")?;
-            let is_due = self.is_due(&end, is_idle(&known, name.sender, now), waits);
+            let is_due = self.is_due(&end, is_idle(&known, name.end, now), waits);
             if !asked && !is_due {
                 continue;
             }
-            let sent = self.send(at, &ack);
+            let sent = self.send_latest(at, key, outcome);
             if is_due {
-                self.note(&end, sent.is_ok());
+                self.note(&end, matches!(sent, Ok(true)));
             }
             match sent {
-                Ok(()) => outcome.sent += 1,
+                Ok(_) => {}
                 Err(error) if is_lost(&error) => {}
                 Err(error) => {
                     let what = format!("send a saved packet through {} of {}", at.hook, at.device);
@@ -300,8 +300,8 @@ impl Injector {
         }
     }
 
-    /// Takes note of what came of waking an end: where nothing was sent it is owed another try,
-    /// later each time.
+    /// Takes note of what came of waking an end: where nothing was `sent`, or nothing that could be
+    /// of use, it is owed another try, later each time.
     fn note(&mut self, end: &End, sent: bool) {
         match (self.woken.get_mut(end), sent) {
             (Some(woken), true) => woken.lost = 0,
@@ -311,6 +311,27 @@ impl Injector {
             }
             (None, _) => {}
         }
+    }
+
+    /// Sends what an end has said last. Returns whether the end said nothing more meanwhile: chains
+    /// add nothing to what is old, for its receiver would not look at it. An end that sends all the
+    /// time may overtake each of a few.
+    fn send_latest(&mut self, at: &Waiting, key: &[u8], outcome: &mut Outcome) -> io::Result<bool> {
+        let Some(mut ack) = at.saved(key)? else {
+            return Ok(false);
+        };
+        for _ in 0..TRIES {
+            self.send(at, &ack)?;
+            outcome.sent += 1;
+            let Some(latest) = at.saved(key)? else {
+                return Ok(false);
+            };
+            if latest.sequence_end == ack.sequence_end {
+                return Ok(true);
+            }
+            ack = latest;
+        }
+        Ok(false)
     }
 
     fn send(&mut self, at: &Waiting, ack: &saved_ack) -> io::Result<()> {
@@ -367,19 +388,25 @@ impl Waiting {
         }))
     }
 
-    fn known(&self, name: &ack_key) -> io::Result<Option<subflow>> {
+    /// What is saved by a key of the saved headers.
+    fn saved(&self, key: &[u8]) -> io::Result<Option<saved_ack>> {
+        let saved = sys::map_lookup(&self.acks, key, size_of::<saved_ack>())?;
+        Ok(saved.and_then(|saved| value_of(&saved)))
+    }
+
+    fn known(&self, name: &sender) -> io::Result<Option<subflow>> {
         let known = sys::map_lookup(&self.subflows, bytes_of(&name.flow), size_of::<subflow>())?;
         Ok(known.and_then(|known| value_of(&known)))
     }
 
     /// Whether something that is held waits for its time.
-    fn waits(&self, name: &ack_key, known: &subflow) -> io::Result<bool> {
+    fn waits(&self, name: &sender, known: &subflow) -> io::Result<bool> {
         let Some(held) = &self.held else {
             return Ok(false);
         };
         let kept = sys::map_lookup(held, bytes_of(&name.flow), size_of::<held_options>())?;
         let kept = kept.and_then(|kept| value_of(&kept));
-        Ok(kept.is_some_and(|kept| has_held(&kept, known, name.sender)))
+        Ok(kept.is_some_and(|kept| has_held(&kept, known, name.end)))
     }
 }
 

@@ -25,7 +25,7 @@ struct shared_types {
 	struct subflow subflow;
 	struct connection connection;
 	enum subflow_flags subflow_flags;
-	struct ack_key ack_key;
+	struct sender sender;
 	struct saved_ack saved_ack;
 	struct held_options held_options;
 };

@@ -21,6 +21,19 @@ static __always_inline struct held_option *held_slot(struct held_options *held, 
 	return sender ? &held->ends[1][slot] : &held->ends[0][slot];
 }
 
+/* The receiver of an announcement has heard it, and echoes its id: it need not be given again. */
+static __always_inline void held_echoed(const struct mptcp_segment *mptcp, __u8 id)
+{
+	struct held_options *held = bpf_map_lookup_elem(&pcd_held, &mptcp->from.flow);
+	struct held_option *slot;
+
+	if (!held)
+		return;
+	slot = held_slot(held, !mptcp->from.end, id);
+	if (slot && slot->option[3] == id)
+		slot->length = 0;
+}
+
 /* Whether the slot holds an address of this subflow: an older one is of another with its ports. */
 static __always_inline bool held_is_of(const struct held_option *slot,
 				       const struct subflow *subflow)

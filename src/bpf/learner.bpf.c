@@ -12,6 +12,7 @@ struct params {
 	bool subflows __doc("fill pcd_subflows and pcn_connections");
 	bool secrets __doc("fill pcn_keys");
 	bool acks __doc("fill pcd_acks");
+	bool held __doc("empty pcd_held of what is echoed");
 	bool openings __doc("fill pcd_openings");
 };
 PARAMS;
@@ -43,6 +44,6 @@ ACTION(learner, "remember what packets tell of their connections")
 	if (params.handshakes || params.openings)
 		handshake_learn(ctx);
 	if (params.subflows)
-		subflow_learn(ctx, params.secrets, params.acks);
+		subflow_learn(ctx, params.secrets, params.acks, params.held);
 	return DONE;
 }

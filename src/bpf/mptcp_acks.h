@@ -11,7 +11,7 @@
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
-	__type(key, struct ack_key);
+	__type(key, struct sender);
 	__type(value, struct saved_ack);
 } pcd_acks SEC(".maps");
 
@@ -22,14 +22,35 @@ struct {
 	__type(value, struct saved_ack);
 } pc_ack SEC(".maps");
 
-/* Forgets what an earlier subflow of this name has sent. */
-static __always_inline void acks_forget(const struct mptcp_segment *mptcp)
+/* Forgets what an earlier subflow of this name has sent. The stack has no room for a second key. */
+static __always_inline void acks_forget(struct mptcp_segment *mptcp)
 {
-	struct ack_key key = { .flow = mptcp->flow };
+	__u32 sender = mptcp->from.end;
 
-	bpf_map_delete_elem(&pcd_acks, &key);
-	key.sender = 1;
-	bpf_map_delete_elem(&pcd_acks, &key);
+	bpf_map_delete_elem(&pcd_acks, &mptcp->from);
+	mptcp->from.end = !sender;
+	bpf_map_delete_elem(&pcd_acks, &mptcp->from);
+	mptcp->from.end = sender;
+}
+
+/* Behind the last byte of a segment's payload, host order. */
+static __always_inline __u32 segment_sequence_end(const struct segment *segment,
+						  const struct tcphdr *tcp)
+{
+	return bpf_ntohl(tcp->seq) + segment->at.end - segment->at.transport - segment->header;
+}
+
+/*
+ * Whether its end has sent more than a segment says: it is sent again, a probe of a window or of an
+ * idle connection, or an acknowledgement by user space that the end's next segment overtook.
+ */
+static __always_inline bool ack_is_behind(hook_ctx *ctx, const struct mptcp_segment *mptcp)
+{
+	struct tcphdr *tcp = pkt_at(ctx, mptcp->segment.at.transport, sizeof(*tcp));
+	struct saved_ack *known = bpf_map_lookup_elem(&pcd_acks, &mptcp->from);
+
+	return known && tcp &&
+	       (__s32)(segment_sequence_end(&mptcp->segment, tcp) - known->sequence_end) < 0;
 }
 
 /*
@@ -38,7 +59,6 @@ static __always_inline void acks_forget(const struct mptcp_segment *mptcp)
  */
 static __always_inline void ack_save(hook_ctx *ctx, const struct mptcp_segment *mptcp)
 {
-	struct ack_key key = { .flow = mptcp->flow, .sender = mptcp->sender };
 	const struct segment *segment = &mptcp->segment;
 	struct saved_ack *ack, *known;
 	struct tcphdr *tcp = pkt_at(ctx, segment->at.transport, sizeof(*tcp));
@@ -52,8 +72,8 @@ static __always_inline void ack_save(hook_ctx *ctx, const struct mptcp_segment *
 	ack = bpf_map_lookup_elem(&pc_ack, &zero);
 	if (!ack)
 		return;
-	ack->sequence_end = bpf_ntohl(tcp->seq) + segment->at.end - length;
-	known = bpf_map_lookup_elem(&pcd_acks, &key);
+	ack->sequence_end = segment_sequence_end(segment, tcp);
+	known = bpf_map_lookup_elem(&pcd_acks, &mptcp->from);
 	if (known && (__s32)(ack->sequence_end - known->sequence_end) < 0)
 		return;
 	ack->ip = segment->at.ip;
@@ -63,5 +83,5 @@ static __always_inline void ack_save(hook_ctx *ctx, const struct mptcp_segment *
 	ack->length = length;
 	length = bounded(length - 1, SAVED_ACK_MAX - 1) + 1;
 	if (!pkt_load(ctx, 0, ack->headers, length))
-		bpf_map_update_elem(&pcd_acks, &key, ack, 0);
+		bpf_map_update_elem(&pcd_acks, &mptcp->from, ack, 0);
 }

@@ -29,7 +29,7 @@ static __always_inline enum outcome strip_add_addr(hook_ctx *ctx, const struct m
 	if (marked && !(marked & OPTIONS_MALFORMED) && segment_is_bare(segment) &&
 	    !mptcp_has(mptcp->index, MPTCP_SUBTYPE_DSS) &&
 	    !(segment->flags & (TCP_FLAG_SYN | TCP_FLAG_FIN | TCP_FLAG_RST)) &&
-	    !(mptcp->subflow && subflow_end(mptcp->subflow, mptcp->sender)->data_seen > 1))
+	    !(mptcp->subflow && subflow_end(mptcp->subflow, mptcp->from.end)->data_seen > 1))
 		return VERDICT(HOOK_DROP);
 	return done_or_skip(tcp_options_blank(ctx, segment, marked));
 }

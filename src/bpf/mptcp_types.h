@@ -68,10 +68,10 @@ struct connection_keys {
 	__be64 peer;
 };
 
-/* Whose segment a saved one is. */
-struct ack_key {
+/* Who sent a segment. */
+struct sender {
 	struct flow_id flow;
-	__u32 sender;	/* end */
+	__u32 end;
 };
 
 #define SAVED_ACK_MAX 256 /* bytes of headers; longer ones are not saved */
@@ -94,11 +94,14 @@ struct saved_ack {
 #define HELD_SLOTS 4	/* addresses an end can have held at a time, by the low bits of their ids */
 #define HELD_MAX 30	/* bytes of an ADD_ADDR: IPv6, with a port */
 
+#define HELD_GIVEN_MAX 4 /* as often as Linux announces an address that nobody echoes */
+
 struct held_option {
-	__u64 since;
+	__u64 since;	/* it was first taken out, or last given */
 	__u8 length;	/* bytes; 0: none */
 	__u8 option[32]; /* so long for the verifier's sake */
-	__u8 pad[7];
+	__u8 given;	/* so often, without an echo since */
+	__u8 pad[6];
 };
 
 struct held_options {

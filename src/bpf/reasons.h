@@ -54,5 +54,6 @@ enum reason {
 	REASON_NOT_REPORTED,	/* nothing to report */
 	REASON_EVENT_LOST,	/* nobody has read the last ones yet: the ring buffer is full */
 	REASON_SET_FULL,
+	REASON_OLD_SEGMENT,	/* of MPTCP: its receiver may have it, and would not look at its options */
 	REASON_COUNT,
 };

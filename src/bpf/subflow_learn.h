@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* How learners fill what subflow.h, mptcp_keys.h and mptcp_acks.h declare. */
+/* How learners fill what subflow.h, mptcp_keys.h and mptcp_acks.h declare, and heed held.h. */
 #pragma once
 
 #include "subflow.h"
 #include "mptcp_keys.h"
 #include "mptcp_acks.h"
+#include "held.h"
 
 /* Both hosts' tokens, from the third packet of a handshake (RFC 8684, 3.1), which has both keys. */
 static __always_inline void subflow_learn_keys(hook_ctx *ctx, struct mptcp_segment *mptcp,
@@ -18,7 +19,7 @@ static __always_inline void subflow_learn_keys(hook_ctx *ctx, struct mptcp_segme
 				     MPTCP_SUBTYPE_MP_CAPABLE, MP_CAPABLE_WITH_KEYS);
 
 	if (!capable || (capable[2] & 15) != MPTCP_VERSION_1 ||
-	    subflow_end(mptcp->subflow, mptcp->sender)->token)
+	    subflow_end(mptcp->subflow, mptcp->from.end)->token)
 		return;
 	__builtin_memcpy(&keys.own, capable + 4, sizeof(keys.own));
 	__builtin_memcpy(&keys.peer, capable + 12, sizeof(keys.peer));
@@ -37,8 +38,8 @@ static __always_inline void subflow_learn_keys(hook_ctx *ctx, struct mptcp_segme
 		keys.peer = first;
 		bpf_map_update_elem(&pcn_keys, &peer, &keys, 0);
 	}
-	subflow_end(mptcp->subflow, mptcp->sender)->token = own;
-	subflow_end(mptcp->subflow, !mptcp->sender)->token = peer;
+	subflow_end(mptcp->subflow, mptcp->from.end)->token = own;
+	subflow_end(mptcp->subflow, !mptcp->from.end)->token = peer;
 	mptcp->subflow->flags |= SUBFLOW_ESTABLISHED;
 }
 
@@ -61,7 +62,7 @@ static __always_inline void subflow_learn_syn(hook_ctx *ctx, struct mptcp_segmen
 	join = mptcp_option(ctx, &mptcp->segment, mptcp->index, MPTCP_SUBTYPE_MP_JOIN,
 			    MP_JOIN_SYN);
 	offers = join || mptcp_has(mptcp->index, MPTCP_SUBTYPE_MP_CAPABLE);
-	again = known && known->initiator == mptcp->sender && known->syn == syn;
+	again = known && known->initiator == mptcp->from.end && known->syn == syn;
 	/* a host that nobody answers asks again without MPTCP */
 	if (again && known->flags & offered)
 		return;
@@ -71,13 +72,13 @@ static __always_inline void subflow_learn_syn(hook_ctx *ctx, struct mptcp_segmen
 		acks_forget(mptcp);
 	if (!offers) {
 		if (known)
-			bpf_map_delete_elem(&pcd_subflows, &mptcp->flow);
+			bpf_map_delete_elem(&pcd_subflows, &mptcp->from.flow);
 		return;
 	}
-	known = subflow_begin(&mptcp->flow, mptcp->sender, mptcp->sender, syn);
+	known = subflow_begin(&mptcp->from.flow, mptcp->from.end, mptcp->from.end, syn);
 	if (!known)
 		return;
-	own = subflow_end(known, mptcp->sender);
+	own = subflow_end(known, mptcp->from.end);
 	own->seen_at = known->opened_at;
 	if (!join) {
 		known->flags = SUBFLOW_OFFERED;
@@ -87,7 +88,7 @@ static __always_inline void subflow_learn_syn(hook_ctx *ctx, struct mptcp_segmen
 	own->address_id = join[3];
 	__builtin_memcpy(&token, join + 4, sizeof(token));
 	token = bpf_ntohl(token);
-	subflow_end(known, !mptcp->sender)->token = token;
+	subflow_end(known, !mptcp->from.end)->token = token;
 	connection = bpf_map_lookup_elem(&pcn_connections, &token);
 	if (connection)
 		own->token = connection->peer_token;
@@ -100,7 +101,7 @@ static __always_inline void subflow_learn_syn(hook_ctx *ctx, struct mptcp_segmen
  */
 static __always_inline void subflow_learn_syn_ack(hook_ctx *ctx, struct mptcp_segment *mptcp)
 {
-	struct subflow_end *own = subflow_end(mptcp->subflow, mptcp->sender);
+	struct subflow_end *own = subflow_end(mptcp->subflow, mptcp->from.end);
 	__u8 *join = mptcp_option(ctx, &mptcp->segment, mptcp->index, MPTCP_SUBTYPE_MP_JOIN,
 				  MP_JOIN_SYN_ACK);
 
@@ -116,7 +117,7 @@ static __always_inline void subflow_learn_syn_ack(hook_ctx *ctx, struct mptcp_se
 }
 
 /* A subflow whose handshake was not seen shows itself by the options on its data. */
-static __always_inline struct subflow *subflow_learn_late(const struct mptcp_segment *mptcp,
+static __always_inline struct subflow *subflow_learn_late(struct mptcp_segment *mptcp,
 							  bool keep_acks)
 {
 	struct subflow *subflow = mptcp->subflow;
@@ -124,7 +125,7 @@ static __always_inline struct subflow *subflow_learn_late(const struct mptcp_seg
 	if (!subflow) {
 		if (keep_acks)
 			acks_forget(mptcp);
-		subflow = subflow_begin(&mptcp->flow, mptcp->sender, INITIATOR_UNKNOWN, 0);
+		subflow = subflow_begin(&mptcp->from.flow, mptcp->from.end, INITIATOR_UNKNOWN, 0);
 	}
 	if (subflow)
 		subflow->flags = SUBFLOW_ACCEPTED | SUBFLOW_ESTABLISHED;
@@ -149,7 +150,7 @@ static __always_inline void subflow_count_data(struct subflow_end *own)
 		own->data_seen++;
 }
 
-static __always_inline void subflow_learn(hook_ctx *ctx, bool keep_keys, bool keep_acks)
+static __always_inline void subflow_learn(hook_ctx *ctx, bool keep_keys, bool keep_acks, bool held)
 {
 	struct mptcp_segment mptcp = {};
 	enum reason reason = mptcp_parse(ctx, &mptcp);
@@ -166,7 +167,7 @@ static __always_inline void subflow_learn(hook_ctx *ctx, bool keep_keys, bool ke
 	}
 	if (!mptcp.subflow)
 		return;
-	own = subflow_end(mptcp.subflow, mptcp.sender);
+	own = subflow_end(mptcp.subflow, mptcp.from.end);
 	own->seen_at = bpf_ktime_get_ns();
 	if (mptcp.segment.flags & TCP_FLAG_FIN)
 		mptcp.subflow->flags |= SUBFLOW_FIN;
@@ -182,9 +183,11 @@ static __always_inline void subflow_learn(hook_ctx *ctx, bool keep_keys, bool ke
 		mptcp.subflow->flags |= SUBFLOW_ESTABLISHED;
 	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_DSS))
 		subflow_count_data(own);
-	option = mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_ADD_ADDR, 3);
+	option = mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_ADD_ADDR, 4);
 	if (option && !(option[2] & ADD_ADDR_ECHO))
 		own->announced_at = own->seen_at;
+	else if (option && held)
+		held_echoed(&mptcp, option[3]);
 	option = mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_MP_PRIO,
 			      MP_PRIO_LENGTH);
 	if (option)

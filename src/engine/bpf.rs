@@ -23,8 +23,8 @@ use std::net::{IpAddr, Ipv6Addr};
 pub use xdp::types;
 
 use types::{
-    ack_key, attachment, chain_ctx, connection, element, flow_id, held_options, node_config,
-    node_stats, report, saved_ack, subflow,
+    attachment, chain_ctx, connection, element, flow_id, held_options, node_config, node_stats,
+    report, saved_ack, sender, subflow,
 };
 
 include!(concat!(env!("OUT_DIR"), "/reasons.rs"));
@@ -44,7 +44,7 @@ unsafe impl plain::Plain for report {}
 // SAFETY: as above.
 unsafe impl plain::Plain for flow_id {}
 // SAFETY: as above.
-unsafe impl plain::Plain for ack_key {}
+unsafe impl plain::Plain for sender {}
 // SAFETY: as above; the generated struct names the bytes behind its frame.
 unsafe impl plain::Plain for saved_ack {}
 // SAFETY: as above.

@@ -27,13 +27,14 @@ const COUNT: &str = "count";
 pub(crate) const ENTRY: &str = "(entry)";
 /// The name of the node that remembers what packets tell of their connections.
 const LEARNER: &str = "learner";
-/// What a learner fills, with the parameter that has it do so.
-const LEARNT: [(&str, &str); 6] = [
+/// What a learner keeps, with the parameter that has it do so.
+const LEARNT: [(&str, &str); 7] = [
     (btf::FLOWS, "handshakes"),
     (btf::SUBFLOWS, "subflows"),
     (btf::CONNECTIONS, "subflows"),
     (btf::KEYS, "secrets"),
     (btf::ACKS, "acks"),
+    (btf::HELD, "held"),
     (OPENINGS, "openings"),
 ];
 /// The name of the action that goes to a chain.

@@ -369,6 +369,13 @@ fn learners_fill_what_policies_look_up() {
         &acks,
         &["subflows", "acks"],
     );
+    let held = ["pcd_acks", "pcd_held", "pcd_subflows", "pcn_connections"];
+    keeps(
+        json!([{ "action": "hold_add_addr" }, { "action": "restore_add_addr" }]),
+        &held,
+        &held,
+        &["subflows", "acks", "held"],
+    );
     keeps(
         json!([{ "action": "add_subflow", "address": "10.0.0.9", "id": 1, "every": "1s" }]),
         &[

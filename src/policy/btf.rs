@@ -44,9 +44,9 @@ pub const SUBFLOWS: &str = "pcd_subflows";
 pub const CONNECTIONS: &str = "pcn_connections";
 /// and to keys,
 pub const KEYS: &str = "pcn_keys";
-/// the last segment of each end.
+/// the last segment of each end,
 pub const ACKS: &str = "pcd_acks";
-/// Map of announcements that are held back.
+/// announcements that are held back: actions fill it, a learner empties it.
 pub const HELD: &str = "pcd_held";
 /// The ring buffer of reports.
 pub const EVENTS: &str = "pcn_events";

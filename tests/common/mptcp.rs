@@ -16,7 +16,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use policy_chain::testbed::{Announce, Options, Role};
 
 use super::traffic::{Noise, server_addresses};
-use super::{Environment, eventually};
+use super::{DEADLINE, Environment, eventually};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 const CHUNK: usize = 256 << 10;
@@ -69,7 +69,7 @@ pub fn mptcp_options(paths: u8, announce: Announce) -> Options {
     }
 }
 
-/// A subflow as `ss -tniHO` has it.
+/// An established subflow as `ss -tniHO` has it.
 #[derive(Clone, Debug)]
 pub struct Subflow {
     pub local: SocketAddr,
@@ -100,6 +100,10 @@ impl Subflow {
             Duration::from_secs_f64(milliseconds / 1e3)
         };
         words.iter().position(|word| *word == "tcp-ulp-mptcp")?;
+        // One that its peer has closed may wait for room to send its FIN, and the peer give none.
+        if words[0] != "ESTAB" {
+            return None;
+        }
         let (local, device) = address(words.get(3)?)?;
         let (peer, _) = address(words.get(4)?)?;
         Some(Subflow {
@@ -399,10 +403,16 @@ impl MptcpConnection {
         role: Role,
         count: usize,
     ) -> Vec<Subflow> {
-        eventually(&format!("{count} subflows of the {role}"), || {
+        let limit = Instant::now() + DEADLINE;
+        loop {
             let subflows = self.subflows(environment, role);
-            (subflows.len() == count).then_some(subflows)
-        })
+            if subflows.len() == count {
+                return subflows;
+            }
+            let late = Instant::now() >= limit;
+            assert!(!late, "{count} subflows of the {role}, not {subflows:#?}");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

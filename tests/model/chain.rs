@@ -66,7 +66,7 @@ pub const ACTIONS: [(&str, &[&str]); 18] = [
     ("remove_addr", &["id", "unsafe"]),
     ("report", &[]),
     ("reset_subflow", &["reason", "transient"]),
-    ("restore_add_addr", &["after", "apart"]),
+    ("restore_add_addr", &["after", "apart", "repeat"]),
     ("set_mss", &["bytes", "mode"]),
     ("set_window", &["bytes", "raw", "max"]),
     ("strip_option", &["kind", "subtype", "mode", "unsafe"]),
@@ -232,6 +232,8 @@ pub enum What {
     RestoreAddAddr {
         /// Longer than any test takes.
         never: bool,
+        /// Kept until it is echoed; until it is given again is longer than any test takes, too.
+        repeat: bool,
     },
 }
 
@@ -801,6 +803,7 @@ impl Action {
             },
             "restore_add_addr" => What::RestoreAddAddr {
                 never: members.text("after").is_some_and(is_long),
+                repeat: members.text("repeat").unwrap() != "0s",
             },
             _ => panic!("the model does not know the action {policy}"),
         };

@@ -382,6 +382,7 @@ impl Tally {
             "unsafe",
             "no_keys",
             "not_held",
+            "old_segment",
             "not_reported",
         ];
         if hook == Hook::Xdp {

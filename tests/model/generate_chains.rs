@@ -602,16 +602,17 @@ fn on_subflows(carries: Carries) -> BoxedStrategy<Value> {
         ])
     });
     let after = weighted(0.4, select(vec!["1ns", "1ns", "1h"]));
-    let restore = after.prop_map(|after| {
+    let restore = (after, select(vec!["0s", "1h"])).prop_map(|(after, repeat)| {
         let after = after.map(Value::from);
         object(vec![
             ("action", Some("restore_add_addr".into())),
             ("after", after),
             ("apart", Some("0ns".into())),
+            ("repeat", Some(repeat.into())),
         ])
     });
     prop_oneof![
-        2 => add,
+        5 => add,
         2 => remove,
         2 => prio,
         2 => reset,

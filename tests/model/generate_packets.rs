@@ -253,7 +253,7 @@ fn signals() -> impl Strategy<Value = Vec<u8>> {
     });
     let other = prop_oneof![
         8 => Just(vec![]),
-        2 => Just([&[MPTCP, 20, 1, 1][..], &MPTCP_KEYS].concat()),
+        4 => Just([&[MPTCP, 20, 1, 1][..], &MPTCP_KEYS].concat()),
         5 => announced,
         1 => Just(vec![MPTCP, 4, 0x40, 3]),
         1 => Just(vec![MPTCP, 3, 0x51]),
@@ -267,6 +267,9 @@ fn signals() -> impl Strategy<Value = Vec<u8>> {
         [stamps, dss.unwrap_or_default(), other].concat()
     })
 }
+
+/// Behind the last byte that an end sends; payloads are shorter.
+const NEWEST: u32 = 1 << 14;
 
 fn payload() -> impl Strategy<Value = usize> {
     prop_oneof![
@@ -290,15 +293,19 @@ fn check() -> impl Strategy<Value = Check> {
 
 fn transport(ports: (u16, u16)) -> impl Strategy<Value = Transport> {
     let fill = prop_oneof![4 => Just(NOP), 1 => Just(0u8)];
-    let sequence = 1..3u32;
+    let sequence = (1..3u32, prop::bool::weighted(0.8));
     let window = prop_oneof![1 => select(vec![512u16, 0, 1, 9, 65535]), 1 => any::<u16>()];
     let flags = flags().prop_flat_map(|flags| (Just(flags), options(flags & SYN != 0)));
     let parts = (flags, fill, payload(), check(), sequence, window);
     parts.prop_map(
-        move |((flags, options), fill, payload, check, sequence, window)| Transport {
+        move |((flags, options), fill, payload, check, (sequence, newest), window)| Transport {
             src_port: ports.0,
             dst_port: ports.1,
-            sequence,
+            // Most end where all of them end: an end that has sent more says nothing new.
+            sequence: match newest && flags & SYN == 0 {
+                true => NEWEST - payload as u32,
+                false => sequence,
+            },
             flags,
             window,
             options,

@@ -346,7 +346,7 @@ impl Model {
                 }
                 return taken;
             }
-            What::RestoreAddAddr { never } => {
+            What::RestoreAddAddr { never, repeat } => {
                 let signals = self.subflows.ready(frame)?;
                 if signals.has(ADD_ADDR) {
                     return Err("option_present");
@@ -354,7 +354,10 @@ impl Model {
                 let held = self.subflows.held(&signals).filter(|_| !never);
                 let (slot, option) = held.ok_or("not_held")?;
                 self.add(frame, &signals, ADD_ADDR, &option)?;
-                self.subflows.release(&signals, slot);
+                match repeat {
+                    true => self.subflows.give(&signals, slot),
+                    false => self.subflows.release(&signals, slot),
+                }
             }
             What::AddSubflow { address, id, port } => {
                 let id = number(*id, 1..=255)? as u8;

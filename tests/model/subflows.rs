@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use hmac::{Hmac, Mac};
 use sha2::{Digest, Sha256};
 
-use crate::layers::{self, ACK, FIN, RST, Reason, SYN, Segment};
+use crate::layers::{self, ACK, FIN, Piece, RST, Reason, SYN, Segment};
 use crate::options::{Bytes, MPTCP, Options};
 
 pub const MP_CAPABLE: u8 = 0;
@@ -23,6 +23,9 @@ const DATA_ACK_64: u8 = 2;
 const MAPPING: u8 = 4;
 const SEQUENCE_64: u8 = 8;
 const DATA_FIN: u8 = 0x10;
+const MP_FASTCLOSE: u8 = 7;
+/// Bytes of headers that are kept of a segment.
+const LONGEST_HEADERS: usize = 256;
 
 /// Addresses an end has held, by the two low bits of their ids.
 const SLOTS: usize = 4;
@@ -58,7 +61,17 @@ pub struct Subflows {
     peers: HashMap<u32, u32>,
     /// Own and the peer's key, by own token.
     keys: HashMap<u32, [[u8; 8]; 2]>,
-    held: HashMap<(Flow, usize), [Option<Bytes>; SLOTS]>,
+    held: HashMap<(Flow, usize), [Option<Held>; SLOTS]>,
+    /// Behind the last byte that an end has sent.
+    sent: HashMap<(Flow, usize), u32>,
+}
+
+/// An announcement that is held.
+#[derive(Clone, Debug)]
+struct Held {
+    option: Bytes,
+    /// It was given, and nobody has echoed it.
+    given: bool,
 }
 
 /// A segment as policies on MPTCP see it.
@@ -126,6 +139,23 @@ impl Signals {
         option.filter(|option| option.len() >= least)
     }
 
+    /// Behind its last byte in the stream.
+    fn sequence_end(&self) -> u32 {
+        let segment = &self.segment;
+        let payload = segment.ip.end - segment.ip.transport - segment.header;
+        segment.sequence.wrapping_add(payload as u32)
+    }
+
+    /// Whether it tells how far its end has come: it can be said again as an acknowledgement.
+    fn can_be_said_again(&self) -> bool {
+        let segment = &self.segment;
+        segment.ip.piece == Piece::Whole
+            && segment.ip.transport + segment.header <= LONGEST_HEADERS
+            && ![SYN, FIN, RST].iter().any(|flag| segment.has(*flag))
+            && !self.has(MP_CAPABLE)
+            && !self.has(MP_FASTCLOSE)
+    }
+
     /// A DSS without which nothing is lost.
     pub fn acknowledges_only(&self) -> bool {
         let dss = self.option(DSS, 4);
@@ -166,6 +196,9 @@ impl Subflows {
             return;
         }
         if signals.has(DSS) && !self.knows(&signals) {
+            if !self.flows.contains_key(&signals.flow) {
+                self.forget_sent(&signals);
+            }
             let known = self.flows.entry(signals.flow).or_default();
             known.refused = false;
             known.agreed = true;
@@ -205,6 +238,33 @@ impl Subflows {
         if signals.has(DSS) {
             known.ends[signals.sender].dss = (known.ends[signals.sender].dss + 1).min(2);
         }
+        if let Some(option) = signals.option(ADD_ADDR, 4).filter(|it| !announces(it)) {
+            self.echoed(&signals, option[3]);
+        }
+        if signals.can_be_said_again() && !self.is_old(&signals) {
+            let sent = (signals.flow, signals.sender);
+            self.sent.insert(sent, signals.sequence_end());
+        }
+    }
+
+    /// The receiver of an announcement has heard it.
+    fn echoed(&mut self, signals: &Signals, id: u8) {
+        let held = self.held.get_mut(&(signals.flow, 1 - signals.sender));
+        for slot in held.into_iter().flatten() {
+            slot.take_if(|held| held.option[3] == id);
+        }
+    }
+
+    /// Whether its end has sent more than it says.
+    fn is_old(&self, signals: &Signals) -> bool {
+        let sent = self.sent.get(&(signals.flow, signals.sender));
+        sent.is_some_and(|sent| (signals.sequence_end().wrapping_sub(*sent) as i32) < 0)
+    }
+
+    fn forget_sent(&mut self, signals: &Signals) {
+        for end in 0..2 {
+            self.sent.remove(&(signals.flow, end));
+        }
     }
 
     fn learn_syn(&mut self, signals: &Signals) {
@@ -217,6 +277,7 @@ impl Subflows {
         for end in 0..2 {
             self.held.remove(&(signals.flow, end));
         }
+        self.forget_sent(signals);
         let join = signals.option(MP_JOIN, 12);
         if join.is_none() && !signals.has(MP_CAPABLE) {
             self.flows.remove(&signals.flow);
@@ -273,6 +334,9 @@ impl Subflows {
         let last = signals.segment.has(FIN) || signals.segment.has(RST);
         if last || self.dss_seen(&signals) == 0 {
             return Err("not_mptcp");
+        }
+        if self.is_old(&signals) {
+            return Err("old_segment");
         }
         Ok(signals)
     }
@@ -331,17 +395,33 @@ impl Subflows {
         }
         let held = self.held.entry((signals.flow, signals.sender)).or_default();
         let slot = usize::from(option[3]) % SLOTS;
-        held[slot] = Some(option.clone());
+        let known = held[slot].as_ref();
+        held[slot] = Some(Held {
+            option: option.clone(),
+            given: known.is_some_and(|it| it.given && it.option[3] == option[3]),
+        });
         Ok(slot)
     }
 
+    /// The first that was not given, and its slot.
     pub fn held(&self, signals: &Signals) -> Option<(usize, Bytes)> {
         let held = self.held.get(&(signals.flow, signals.sender))?;
         let mut slots = held.iter().enumerate();
-        slots.find_map(|(slot, option)| Some((slot, option.clone()?)))
+        slots.find_map(|(slot, held)| {
+            let held = held.as_ref().filter(|held| !held.given)?;
+            Some((slot, held.option.clone()))
+        })
     }
 
-    /// It was given back.
+    /// It was given back, and is kept until it is echoed.
+    pub fn give(&mut self, signals: &Signals, slot: usize) {
+        let held = self.held.get_mut(&(signals.flow, signals.sender));
+        if let Some(held) = held.and_then(|held| held[slot].as_mut()) {
+            held.given = true;
+        }
+    }
+
+    /// It is no longer kept.
     pub fn release(&mut self, signals: &Signals, slot: usize) {
         if let Some(held) = self.held.get_mut(&(signals.flow, signals.sender)) {
             held[slot] = None;

@@ -156,6 +156,12 @@ impl Frame {
         self
     }
 
+    /// A payload behind which the sequence number is that of the frame by now.
+    pub fn payload_before(self, payload: &[u8]) -> Frame {
+        let sequence = self.sequence.wrapping_sub(payload.len() as u32);
+        self.sequence(sequence).payload(payload)
+    }
+
     pub fn payload(mut self, payload: &[u8]) -> Frame {
         self.payload = payload.to_vec();
         self

@@ -162,9 +162,9 @@ impl Connection {
     fn talk(&self) -> [Frame; 2] {
         [
             self.client_with(&[&mapping(), &timestamps(1, 2)])
-                .payload(b"ping"),
+                .payload_before(b"ping"),
             self.server_with(&[&mapping(), &timestamps(1, 2)])
-                .payload(b"pong"),
+                .payload_before(b"pong"),
         ]
     }
 }

@@ -48,13 +48,16 @@ fn placements(connection: &Connection, new: &[u8], present: &[u8]) -> Vec<Row> {
             gets("odd", frame, &[&[3, 3, 7]], &[&[3, 3, 7], new]),
             gets(
                 "in place of NOPs",
-                &frame.clone().payload(b"data"),
+                &frame.clone().payload_before(b"data"),
                 &[&[1; 8], &[254, 2], &vec![1; new.len()]],
                 &[&[254, 2], new, &[1; 8]],
             ),
             leaves(
                 "no NOPs",
-                &frame.clone().options(&words(&[&filler(8)])).payload(b"x"),
+                &frame
+                    .clone()
+                    .options(&words(&[&filler(8)]))
+                    .payload_before(b"x"),
                 "no_room",
             ),
             gets(
@@ -124,6 +127,56 @@ fn placements(connection: &Connection, new: &[u8], present: &[u8]) -> Vec<Row> {
         rows.push(leaves("AH", &signed, "authenticated"));
     }
     rows
+}
+
+/// The receiver looks at no options of what it has got already.
+#[test]
+fn not_on_old_segments() {
+    for connection in Connection::all() {
+        let new = prio(true);
+        let mut rows = established(&connection);
+        for frame in [connection.client(), connection.server()] {
+            let at = |sequence| frame.clone().sequence(sequence);
+            let old = |what, frame: &Frame| leaves(what, frame, "old_segment");
+            let latest = |what, frame: &Frame| gets(what, frame, &[], &[&new]);
+            rows.extend([
+                latest("an acknowledgement", &at(1)),
+                leaves(
+                    "data",
+                    &at(1).options(&option(254, 40, 0)).payload(&[7; 100]),
+                    "no_room",
+                ),
+                old("before the data", &at(1)),
+                old("a probe", &at(100)),
+                latest("behind it", &at(101)),
+                gets(
+                    "its last bytes again",
+                    &at(81).payload(&[7; 20]),
+                    &[&[1; 8]],
+                    &[&new],
+                ),
+                old("its first bytes again", &at(1).payload(&[7; 99])),
+                leaves(
+                    "a malformed one",
+                    &at(200).options(&[3, 1, 1, 1]),
+                    "bad_option",
+                ),
+                old("before that", &at(199)),
+                latest("half round", &at(0x7000_0000)),
+                latest("nearly round", &at(0xe000_0000)),
+                latest("round", &at(5)),
+                old("before the turn", &at(0xffff_fff0)),
+                leaves("FIN", &at(9).flags(FIN | ACK), "not_mptcp"),
+                latest("of the same", &at(5)),
+            ]);
+        }
+        rows.push(leaves("a new SYN", &connection.syn().sequence(7), "syn"));
+        let ack = data_ack();
+        for frame in [connection.client(), connection.server()] {
+            rows.push(gets("of the new one", &frame, &[&ack], &[&ack, &new]));
+        }
+        sequence(&mp_prio(true), &rows);
+    }
 }
 
 #[test]
@@ -322,7 +375,7 @@ fn add_subflow_is_signed_with_the_keys_of_its_sender() {
                     false => gets("replaced", &frame, &[&stamps, &ack], &[&stamps, new]),
                 });
                 rows.push(gets("bare", &frame, &[], &[new]));
-                let data = frame.clone().payload(b"data");
+                let data = frame.clone().payload_before(b"data");
                 rows.push(gets("in place of NOPs", &data, &[&[1; 40]], &[new]));
                 rows.push(leaves(
                     "there already",
@@ -482,7 +535,7 @@ fn seeds_stay_seeds() {
             gets("grows", &seed, &[], &[&new]),
             gets(
                 "in place of NOPs",
-                &seed.payload(b"data"),
+                &seed.payload_before(b"data"),
                 &[&[1; 20]],
                 &[&new],
             ),

@@ -203,10 +203,14 @@ fn hold_takes_announcements_out_alike() {
 
 /// Announcements are held in `main`; they are given back on segments with PSH only.
 fn holding(after: Option<&str>) -> Value {
-    let mut restore = json!({ "action": "restore_add_addr", "apart": "0ns" });
+    let mut restore = json!({ "action": "restore_add_addr", "apart": "0ns", "repeat": "0s" });
     if let Some(after) = after {
         restore["after"] = after.into();
     }
+    holding_and(restore)
+}
+
+fn holding_and(restore: Value) -> Value {
     with_chains(
         json!({ "actions": [{ "action": "hold_add_addr" }], "then": { "goto": "back" } }),
         json!([{ "name": "back", "selectors": [{ "selector": "tcp_flags", "all": "psh" }],
@@ -264,7 +268,7 @@ fn what_is_held_comes_back_as_it_was() {
                 ));
                 rows.push(nothing("nothing of the other end", other));
                 let full = [&[1; 3][..], &option(254, 35, 0)].concat();
-                let data = push(frame).payload(b"data");
+                let data = push(frame).payload_before(b"data");
                 rows.push(
                     leaves(
                         "no room",
@@ -402,5 +406,42 @@ fn held_for_a_while() {
         check_rows(&mut bench, "held", &[held.clone(), early.clone()]);
         sleep(Duration::from_millis(650));
         check_rows(&mut bench, "due", std::slice::from_ref(&due));
+    }
+}
+
+/// The receiver may not have heard it: it is given again until an echo comes back, not for ever.
+#[test]
+fn given_again_until_echoed() {
+    let restore =
+        |repeat| json!({ "action": "restore_add_addr", "apart": "0ns", "repeat": repeat });
+    for connection in Connection::all() {
+        let (client, server) = (connection.client(), connection.server());
+        let push = client.clone().flags(ACK | PSH);
+        let none = |what| leaves(what, &push, held_back()).and("not_held");
+        let echo = |frame: &Frame, id| {
+            let echo = mp(&[&[ADD_ADDR | 1, id]]);
+            let frame = frame.clone().options(&words(&[&echo]));
+            leaves("an echo", &frame, held_back())
+        };
+        let [first, second] = [1, 2].map(|id| announcement(id, 16));
+        let held = |add: &[u8]| blanked("held", &client, &[add], &[&nops(16)]);
+        let back = |add: &[u8]| given("given", &client, &[], &[add]);
+        let mut rows = opened(&connection);
+        rows.extend([held(&first), echo(&server, 1), none("known already")]);
+        rows.extend([held(&first), back(&first), back(&first)]);
+        rows.extend([echo(&client, 1), echo(&server, 5), back(&first)]);
+        rows.extend([echo(&server, 1), none("echoed")]);
+        // the host announces it anew, and another one
+        rows.extend([held(&first), held(&second), back(&first)]);
+        rows.extend([echo(&server, 1), back(&second), back(&second)]);
+        rows.extend([held(&second), back(&second), back(&second)]);
+        rows.push(none("four times in all"));
+        rows.extend([held(&second), back(&second)]);
+        sequence_in(&holding_and(restore("1ns")), &rows);
+        let mut rows = opened(&connection);
+        rows.extend([held(&first), back(&first), none("waits for the echo")]);
+        rows.extend([held(&first), none("is the same one"), held(&second)]);
+        rows.extend([back(&second), none("that waits, too")]);
+        sequence_in(&holding_and(restore("1h")), &rows);
     }
 }
