@@ -17,18 +17,29 @@ static __always_inline struct held_options *held_of(const struct flow_id *flow)
 	return bpf_map_lookup_elem(&pcd_held, flow);
 }
 
+/* Whether the slot holds this option. */
+static __always_inline bool holds(const struct held_option *slot,
+				  const struct options_scratch *scratch)
+{
+	const __u64 *held = (const __u64 *)slot->option;
+	const __u64 *option = (const __u64 *)scratch->insert;
+
+	return held[0] == option[0] && held[1] == option[1] && held[2] == option[2] &&
+	       held[3] == option[3];
+}
+
 /* Keeps the first of the marked announcements in the slot of its id. */
 static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segment *mptcp,
 					__u64 marked, struct held_option **kept)
 {
 	__u32 at = mptcp->segment.at.transport + sizeof(struct tcphdr) + lowest_bit(marked);
 	struct held_options *held = held_of(&mptcp->from.flow);
+	struct options_scratch *scratch = tcp_options_scratch();
 	struct held_option *slot;
 	__u8 *option = pkt_at(ctx, at, 4);
 	__u32 length;
-	bool same;
 
-	if (!held)
+	if (!held || !scratch)
 		return REASON_HELPER_FAILED;
 	if (!option)
 		return REASON_TRUNCATED;
@@ -36,16 +47,17 @@ static __always_inline enum reason hold(hook_ctx *ctx, const struct mptcp_segmen
 	slot = held_slot(held, mptcp->from.end, option[3]);
 	if (!slot || length < 4 || length > HELD_MAX)
 		return REASON_BAD_OPTION;
-	same = held_is_of(slot, mptcp->subflow) && slot->option[3] == option[3];
 	length = bounded(length - 1, sizeof(slot->option) - 1) + 1;
-	if (pkt_load(ctx, at, slot->option, length))
+	__builtin_memset(scratch->insert, 0, sizeof(slot->option));
+	if (pkt_load(ctx, at, scratch->insert, length))
 		return REASON_TRUNCATED;
 	/* sent again, it is still the one held */
-	if (!same) {
+	if (!held_is_of(slot, mptcp->subflow) || !holds(slot, scratch)) {
 		slot->since = bpf_ktime_get_ns();
 		slot->given = 0;
+		__builtin_memcpy(slot->option, scratch->insert, sizeof(slot->option));
+		slot->length = length;
 	}
-	slot->length = length;
 	*kept = slot;
 	return REASON_NONE;
 }

@@ -13,11 +13,9 @@ struct params {
 PARAMS;
 
 /* Whether it is its time: the first, or again. */
-static __always_inline bool held_waited(const struct held_option *slot, __u64 now)
+static __always_inline bool is_due(const struct held_option *slot, __u64 now)
 {
-	__u64 waited = now - slot->since;
-
-	return slot->given ? params.repeat && waited >= params.repeat : waited >= params.after;
+	return now - slot->since >= (slot->given ? params.repeat : params.after);
 }
 
 /* It was given. */
@@ -29,11 +27,11 @@ static __always_inline void held_given(struct held_option *slot)
 		slot->length = 0;
 }
 
-/* The sender's option to give next; NULL: none is due. */
+/* The sender's option to give next, first those that never were; NULL: none is due. */
 static __always_inline struct held_option *held_due(const struct mptcp_segment *mptcp)
 {
 	struct held_options *held = bpf_map_lookup_elem(&pcd_held, &mptcp->from.flow);
-	struct held_option *slot;
+	struct held_option *slot, *due = (void *)0;
 	__u64 now = bpf_ktime_get_ns();
 	__u32 i;
 
@@ -42,10 +40,13 @@ static __always_inline struct held_option *held_due(const struct mptcp_segment *
 #pragma unroll
 	for (i = 0; i < HELD_SLOTS; i++) {
 		slot = mptcp->from.end ? &held->ends[1][i] : &held->ends[0][i];
-		if (held_is_of(slot, mptcp->subflow) && held_waited(slot, now))
-			return slot;
+		if (slot->given && !params.repeat)
+			slot->length = 0; /* by a chain that would have given it again */
+		if (held_is_of(slot, mptcp->subflow) && is_due(slot, now) &&
+		    (!due || slot->given < due->given))
+			due = slot;
 	}
-	return (void *)0;
+	return due;
 }
 
 ACTION(restore_add_addr, "give back what hold_add_addr holds, one address on a packet with room")
@@ -64,8 +65,8 @@ ACTION(restore_add_addr, "give back what hold_add_addr holds, one address on a p
 	if (announced_lately(subflow_end(mptcp.subflow, mptcp.from.end), params.apart))
 		return SKIP(REASON_NOT_DUE);
 	size = held->length;
-	if (size > HELD_MAX)
-		return SKIP(REASON_BAD_OPTION);
+	if (!size || size > HELD_MAX) /* echoed by now; the verifier cannot know the other */
+		return SKIP(REASON_NOT_HELD);
 	__builtin_memcpy(scratch->insert, held->option, HELD_MAX);
 	reason = mptcp_announce(ctx, &mptcp, scratch, size);
 	if (!reason)

@@ -12,7 +12,7 @@ struct params {
 	bool subflows __doc("fill pcd_subflows and pcn_connections");
 	bool secrets __doc("fill pcn_keys");
 	bool acks __doc("fill pcd_acks");
-	bool held __doc("empty pcd_held of what is echoed");
+	bool held __doc("empty pcd_held of what is echoed or withdrawn");
 	bool openings __doc("fill pcd_openings");
 };
 PARAMS;

@@ -2,7 +2,7 @@
 /*
  * The last segment of each end of a subflow. Who declares this map changes the next packet of a
  * subflow: on an idle one there is none, so user space sends an acknowledgement through the hook
- * that says what this segment said.
+ * that says what this segment said. What stands before it in the stream is old.
  */
 #pragma once
 
@@ -41,6 +41,17 @@ static __always_inline __u32 segment_sequence_end(const struct segment *segment,
 }
 
 /*
+ * What is further behind than this, in bytes, is not old: the segment that was ahead was taken by no
+ * receiver, or came by another device with all in between.
+ */
+#define BEHIND_MAX (1 << 24)
+
+static __always_inline bool is_behind(__u32 sequence_end, __u32 latest)
+{
+	return latest - sequence_end - 1 < BEHIND_MAX;
+}
+
+/*
  * Whether its end has sent more than a segment says: it is sent again, a probe of a window or of an
  * idle connection, or an acknowledgement by user space that the end's next segment overtook.
  */
@@ -50,7 +61,7 @@ static __always_inline bool ack_is_behind(hook_ctx *ctx, const struct mptcp_segm
 	struct saved_ack *known = bpf_map_lookup_elem(&pcd_acks, &mptcp->from);
 
 	return known && tcp &&
-	       (__s32)(segment_sequence_end(&mptcp->segment, tcp) - known->sequence_end) < 0;
+	       is_behind(segment_sequence_end(&mptcp->segment, tcp), known->sequence_end);
 }
 
 /*
@@ -74,7 +85,7 @@ static __always_inline void ack_save(hook_ctx *ctx, const struct mptcp_segment *
 		return;
 	ack->sequence_end = segment_sequence_end(segment, tcp);
 	known = bpf_map_lookup_elem(&pcd_acks, &mptcp->from);
-	if (known && (__s32)(ack->sequence_end - known->sequence_end) < 0)
+	if (known && is_behind(ack->sequence_end, known->sequence_end))
 		return;
 	ack->ip = segment->at.ip;
 	ack->transport = segment->at.transport;

@@ -98,8 +98,8 @@ struct saved_ack {
 
 struct held_option {
 	__u64 since;	/* it was first taken out, or last given */
+	__u8 option[32]; /* zeros behind its end */
 	__u8 length;	/* bytes; 0: none */
-	__u8 option[32]; /* so long for the verifier's sake */
 	__u8 given;	/* so often, without an echo since */
 	__u8 pad[6];
 };

@@ -183,11 +183,11 @@ static __always_inline void subflow_learn(hook_ctx *ctx, bool keep_keys, bool ke
 		mptcp.subflow->flags |= SUBFLOW_ESTABLISHED;
 	if (mptcp_has(mptcp.index, MPTCP_SUBTYPE_DSS))
 		subflow_count_data(own);
-	option = mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_ADD_ADDR, 4);
+	option = mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_ADD_ADDR, 3);
 	if (option && !(option[2] & ADD_ADDR_ECHO))
 		own->announced_at = own->seen_at;
-	else if (option && held)
-		held_echoed(&mptcp, option[3]);
+	if (held)
+		held_learn(ctx, &mptcp);
 	option = mptcp_option(ctx, &mptcp.segment, mptcp.index, MPTCP_SUBTYPE_MP_PRIO,
 			      MP_PRIO_LENGTH);
 	if (option)

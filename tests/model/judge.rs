@@ -351,7 +351,7 @@ impl Model {
                 if signals.has(ADD_ADDR) {
                     return Err("option_present");
                 }
-                let held = self.subflows.held(&signals).filter(|_| !never);
+                let held = self.subflows.held(&signals, *repeat).filter(|_| !never);
                 let (slot, option) = held.ok_or("not_held")?;
                 self.add(frame, &signals, ADD_ADDR, &option)?;
                 match repeat {

@@ -24,6 +24,10 @@ const MAPPING: u8 = 4;
 const SEQUENCE_64: u8 = 8;
 const DATA_FIN: u8 = 0x10;
 const MP_FASTCLOSE: u8 = 7;
+/// Ids of a REMOVE_ADDR that are heeded.
+const MOST_REMOVED: usize = 8;
+/// Bytes that an old segment is behind at most.
+const FURTHEST_BEHIND: u32 = 1 << 24;
 /// Bytes of headers that are kept of a segment.
 const LONGEST_HEADERS: usize = 256;
 
@@ -241,6 +245,10 @@ impl Subflows {
         if let Some(option) = signals.option(ADD_ADDR, 4).filter(|it| !announces(it)) {
             self.echoed(&signals, option[3]);
         }
+        if let Some(option) = signals.option(REMOVE_ADDR, 4) {
+            let ids = option[3..].iter().take(MOST_REMOVED);
+            self.withdrawn(&signals, &ids.copied().collect::<Vec<u8>>());
+        }
         if signals.can_be_said_again() && !self.is_old(&signals) {
             let sent = (signals.flow, signals.sender);
             self.sent.insert(sent, signals.sequence_end());
@@ -251,14 +259,25 @@ impl Subflows {
     fn echoed(&mut self, signals: &Signals, id: u8) {
         let held = self.held.get_mut(&(signals.flow, 1 - signals.sender));
         for slot in held.into_iter().flatten() {
-            slot.take_if(|held| held.option[3] == id);
+            slot.take_if(|held| held.given && held.option[3] == id);
+        }
+    }
+
+    /// Its sender has lost addresses.
+    fn withdrawn(&mut self, signals: &Signals, ids: &[u8]) {
+        let held = self.held.get_mut(&(signals.flow, signals.sender));
+        for slot in held.into_iter().flatten() {
+            slot.take_if(|held| ids.contains(&held.option[3]));
         }
     }
 
     /// Whether its end has sent more than it says.
     fn is_old(&self, signals: &Signals) -> bool {
         let sent = self.sent.get(&(signals.flow, signals.sender));
-        sent.is_some_and(|sent| (signals.sequence_end().wrapping_sub(*sent) as i32) < 0)
+        sent.is_some_and(|sent| {
+            let behind = sent.wrapping_sub(signals.sequence_end());
+            (1..=FURTHEST_BEHIND).contains(&behind)
+        })
     }
 
     fn forget_sent(&mut self, signals: &Signals) {
@@ -398,14 +417,18 @@ impl Subflows {
         let known = held[slot].as_ref();
         held[slot] = Some(Held {
             option: option.clone(),
-            given: known.is_some_and(|it| it.given && it.option[3] == option[3]),
+            given: known.is_some_and(|it| it.given && it.option == *option),
         });
         Ok(slot)
     }
 
-    /// The first that was not given, and its slot.
-    pub fn held(&self, signals: &Signals) -> Option<(usize, Bytes)> {
-        let held = self.held.get(&(signals.flow, signals.sender))?;
+    /// The first that was not given, and its slot. Those that were are kept only if they are to be
+    /// given again.
+    pub fn held(&mut self, signals: &Signals, repeat: bool) -> Option<(usize, Bytes)> {
+        let held = self.held.get_mut(&(signals.flow, signals.sender))?;
+        for slot in held.iter_mut() {
+            slot.take_if(|held| held.given && !repeat);
+        }
         let mut slots = held.iter().enumerate();
         slots.find_map(|(slot, held)| {
             let held = held.as_ref().filter(|held| !held.given)?;

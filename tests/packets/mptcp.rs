@@ -213,8 +213,8 @@ pub fn hold(held: &OwnedFd, frame: &Frame, option: &[u8]) {
     let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap());
     let mut slot = vec![0; 48];
     slot[..8].copy_from_slice(&(now.as_nanos() as u64).to_ne_bytes());
-    slot[8] = option.len() as u8;
-    slot[9..9 + option.len()].copy_from_slice(option);
+    slot[8..8 + option.len()].copy_from_slice(option);
+    slot[40] = option.len() as u8;
     let end = [slot, vec![0; 3 * 48]].concat();
     let value = [&end[..], &end].concat();
     for frame in [frame.clone(), frame.clone().back()] {

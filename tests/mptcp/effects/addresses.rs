@@ -231,6 +231,9 @@ const HELD: Duration = Duration::from_secs(5);
 /// When they are back at the latest after that, most of them: other work on this machine delays some.
 const SOON: Duration = Duration::from_secs(1);
 
+/// After which they are given again, if nobody has echoed them.
+const REPEAT: Duration = Duration::from_secs(1);
+
 fn hold() -> Value {
     json!({ "action": "hold_add_addr" })
 }
@@ -328,12 +331,18 @@ fn held(scene: &Scene, later: bool) -> Result<Vec<Duration>, Differs> {
     for at in &joins {
         assert!(*at >= earliest, "{:?} too early", earliest - *at);
     }
-    for counter in [heard, echoed, joined] {
+    for counter in [&heard, &echoed, &joined] {
         counter.becomes(2 * addresses);
     }
     for (connection, _) in &connections {
         goes_on(connection)?;
     }
+    // What was echoed is not given again.
+    thread::sleep(REPEAT + Duration::from_millis(200));
+    for (connection, _) in &connections {
+        connection.exchange(1)?;
+    }
+    heard.is(2 * addresses);
     agent.stop(Signal::SIGTERM);
     let late = joins.iter().map(|at| at.saturating_duration_since(latest));
     Ok(late.collect())

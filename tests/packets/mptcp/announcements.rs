@@ -427,8 +427,8 @@ fn given_again_until_echoed() {
         let held = |add: &[u8]| blanked("held", &client, &[add], &[&nops(16)]);
         let back = |add: &[u8]| given("given", &client, &[], &[add]);
         let mut rows = opened(&connection);
-        rows.extend([held(&first), echo(&server, 1), none("known already")]);
-        rows.extend([held(&first), back(&first), back(&first)]);
+        rows.extend([held(&first), echo(&server, 1)]);
+        rows.extend([back(&first), back(&first)]);
         rows.extend([echo(&client, 1), echo(&server, 5), back(&first)]);
         rows.extend([echo(&server, 1), none("echoed")]);
         // the host announces it anew, and another one
@@ -437,6 +437,25 @@ fn given_again_until_echoed() {
         rows.extend([held(&second), back(&second), back(&second)]);
         rows.push(none("four times in all"));
         rows.extend([held(&second), back(&second)]);
+        // another one takes its id
+        let other = announcement(2, 18);
+        let removal = |ids: &[u8]| {
+            let removal = mp(&[&[REMOVE_ADDR], ids]);
+            let frame = client.clone().options(&words(&[&removal]));
+            leaves("withdrawn", &frame, held_back())
+        };
+        rows.push(blanked("held", &client, &[&other], &[&nops(20)]));
+        for _ in 0..4 {
+            rows.push(back(&other));
+        }
+        rows.push(none("as often"));
+        rows.extend([held(&first), held(&second), removal(&[1]), back(&second)]);
+        rows.push(echo(&server, 2));
+        rows.extend([held(&first), removal(&[9, 8, 7, 6, 5, 4, 3, 2, 1])]);
+        rows.extend([back(&first), removal(&[3, 1]), none("withdrawn")]);
+        // those that never were given come first
+        rows.extend([held(&first), back(&first), held(&second), back(&second)]);
+        rows.extend([back(&first), back(&second), back(&first), back(&second)]);
         sequence_in(&holding_and(restore("1ns")), &rows);
         let mut rows = opened(&connection);
         rows.extend([held(&first), back(&first), none("waits for the echo")]);
