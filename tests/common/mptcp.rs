@@ -44,6 +44,16 @@ impl Environment {
         })
     }
 
+    /// Sockets and counters of both hosts, for messages.
+    fn mptcp_state(&self) -> String {
+        let of = |role| {
+            let sockets = self.run(role, "ss", &["-tnaiHO"]);
+            let counters = self.run(role, "nstat", &["-as"]);
+            format!("{role}:\n{sockets}{counters}")
+        };
+        [Role::Client, Role::Server].map(of).concat()
+    }
+
     /// The subflows of a host's MPTCP connections that are established.
     pub fn subflows(&self, role: Role) -> Vec<Subflow> {
         let table = self.run(role, "ss", &["-tniHO"]);
@@ -409,8 +419,12 @@ impl MptcpConnection {
             if subflows.len() == count {
                 return subflows;
             }
-            let late = Instant::now() >= limit;
-            assert!(!late, "{count} subflows of the {role}, not {subflows:#?}");
+            assert!(
+                Instant::now() < limit,
+                "{count} subflows of the {role}, not {}; {}",
+                subflows.len(),
+                environment.mptcp_state()
+            );
             thread::sleep(Duration::from_millis(5));
         }
     }

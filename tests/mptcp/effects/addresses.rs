@@ -87,8 +87,10 @@ fn made_up(scene: &Scene) -> Result<(), Differs> {
     let tried = scene.counter(Role::Client, "MPJoinSynTx");
     let joined = scene.counter(Role::Server, "MPJoinAckRx");
     let connection = MptcpConnection::open(scene.environment, scene.server, 0);
-    // Where only the other side sends, there is room.
-    joined.driven(count, || connection.transfer(MEGABYTE / 4).map(drop))?;
+    // Where only the other side sends, there is room. Not much at a time: where a subflow joins while
+    // more is sent than the window of a new connection, Linux 6.18 delivers wrong bytes of right
+    // segments in one of a hundred connections, or resets the subflow.
+    joined.driven(count, || connection.transfer(1000).map(drop))?;
     carried_by_all(scene, &connection)?;
     heard.is(count);
     tried.is(count);
