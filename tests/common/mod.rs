@@ -48,13 +48,23 @@ pub fn require_root() {
 }
 
 /// Tries until `attempt` gives something, up to [`DEADLINE`].
-pub fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+pub fn eventually<T>(what: &str, attempt: impl FnMut() -> Option<T>) -> T {
+    eventually_or(|| what.to_owned(), attempt)
+}
+
+/// The same, for a message that says how things are when it is late.
+pub fn eventually_or<T>(
+    what: impl FnOnce() -> String,
+    mut attempt: impl FnMut() -> Option<T>,
+) -> T {
     let limit = Instant::now() + DEADLINE;
     loop {
         if let Some(found) = attempt() {
             return found;
         }
-        assert!(Instant::now() < limit, "not within {DEADLINE:?}: {what}");
+        if Instant::now() >= limit {
+            panic!("not within {DEADLINE:?}: {}", what());
+        }
         thread::sleep(Duration::from_millis(5));
     }
 }

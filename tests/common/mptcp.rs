@@ -16,7 +16,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use policy_chain::testbed::{Announce, Options, Role};
 
 use super::traffic::{Noise, server_addresses};
-use super::{DEADLINE, Environment, eventually};
+use super::{Environment, eventually, eventually_or};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 const CHUNK: usize = 256 << 10;
@@ -413,20 +413,16 @@ impl MptcpConnection {
         role: Role,
         count: usize,
     ) -> Vec<Subflow> {
-        let limit = Instant::now() + DEADLINE;
-        loop {
-            let subflows = self.subflows(environment, role);
-            if subflows.len() == count {
-                return subflows;
-            }
-            assert!(
-                Instant::now() < limit,
-                "{count} subflows of the {role}, not {}; {}",
-                subflows.len(),
+        let what = || {
+            format!(
+                "{count} subflows of the {role}: {}",
                 environment.mptcp_state()
-            );
-            thread::sleep(Duration::from_millis(5));
-        }
+            )
+        };
+        eventually_or(what, || {
+            let subflows = self.subflows(environment, role);
+            (subflows.len() == count).then_some(subflows)
+        })
     }
 }
 
